@@ -40,7 +40,6 @@ __all__ = ["KeyRecord", "KeySpec", "Store", "StoreUnavailable", "SyncAnswer", "U
 _BATCH_KEPT_S = 86_400.0
 _LEASE_KEPT_S = 600.0
 _PRUNE_EVERY_S = 60.0
-_ROWS_PER_STATEMENT = 500
 _SUMS = tuple(field.name for field in fields(UsageRow) if field.name not in ("key_id", "model", "window_start"))
 _OPEN_LOCK = 7_303_014  # any number: processes that create the tables at the same time wait for each other
 
@@ -200,12 +199,8 @@ class Store:
         Args:
             call_id: A repeat within ten minutes under the same id is not applied again and gets the first answer.
         """
-        if not requests:
-            return []
         with self._begin() as session:
-            if call_id is None or self._first_time(session, call_id, _LEASE_KEPT_S):
-                return self._lease(session, requests, now, call_id)
-            return _kept_answer(session, call_id)
+            return self._lease_once(session, requests, now, call_id)
 
     def sync(
         self,
@@ -216,22 +211,19 @@ class Store:
         requests: Sequence[LeaseRequest] = (),
         *,
         slot_ttl_s: float = 10.0,
+        call_id: str | None = None,
     ) -> SyncAnswer:
         """All that a gateway needs each half second, in one transaction.
 
         Records usage, keeps the gateway's unexpired slots for another `slot_ttl_s`, settles lease requests, and answers what
-        changed. A repeat with the same `batch_id` adds no usage and no lease again.
+        changed. A repeat with the same `batch_id` adds no usage again; `call_id` does the same for the leases, as in `lease`.
         """
         now = self._clock()
         with self._begin() as session:
-            grants: list[LeaseGrant] = []
             # A sync with nothing to say writes nothing, so it costs no disk flush.
-            if rows or requests:
-                if self._first_time(session, batch_id, _BATCH_KEPT_S if rows else _LEASE_KEPT_S):
-                    self._add_usage(session, rows)
-                    grants = self._lease(session, requests, now, batch_id)
-                else:
-                    grants = _kept_answer(session, batch_id)
+            if rows and self._first_time(session, batch_id, _BATCH_KEPT_S):
+                self._add_usage(session, rows)
+            grants = self._lease_once(session, requests, now, call_id)
             mine = (SlotRow.gateway_id == gateway_id) & (SlotRow.expires_at > now)
             session.execute(update(SlotRow).where(mine).values(expires_at=now + slot_ttl_s))
             slots = {key_id: count for key_id, count in session.execute(select(SlotRow.key_id, SlotRow.count).where(mine))}
@@ -289,60 +281,75 @@ class Store:
         values = [
             {"key_id": key, "model": model, "window_start": start} | sums[key, model, start] for key, model, start in sorted(sums)
         ]
-        for first in range(0, len(values), _ROWS_PER_STATEMENT):
-            new = self._insert(Usage).values(values[first : first + _ROWS_PER_STATEMENT])
-            added = {name: getattr(Usage, name) + getattr(new.excluded, name) for name in _SUMS}
-            session.execute(new.on_conflict_do_update(index_elements=["key_id", "model", "window_start"], set_=added))
+        new = self._insert(Usage)
+        added = {name: getattr(Usage, name) + getattr(new.excluded, name) for name in _SUMS}
+        new = new.on_conflict_do_update(index_elements=["key_id", "model", "window_start"], set_=added)
+        # On the connection, so that one compiled statement is run for all rows.
+        session.connection().execute(new, values)
         for key_id in sorted(key for key, cost in spent.items() if cost):
             session.execute(update(Key).where(Key.id == key_id).values(spent_usd=Key.spent_usd + spent[key_id]))
 
-    def _lease(self, session: Session, requests: Sequence[LeaseRequest], now: float, call_id: str | None) -> list[LeaseGrant]:
+    def _lease_once(
+        self, session: Session, requests: Sequence[LeaseRequest], now: float, call_id: str | None
+    ) -> list[LeaseGrant]:
         if not requests:
             return []
+        if call_id is not None and not self._first_time(session, call_id, _LEASE_KEPT_S):
+            answer = session.scalars(select(UsageBatch.answer).where(UsageBatch.id == call_id)).one()
+            return [LeaseGrant(**grant) for grant in answer or []]
         # The lock on the key's row is what makes a read-then-write of its buckets safe beside other writers.
-        wanted = (
-            select(Key).where(Key.id.in_(sorted({request.key_id for request in requests}))).order_by(Key.id).with_for_update()
-        )
-        keys = {key.id: _record(key) for key in session.scalars(wanted)}
-        grants = [_grant(session, keys.get(request.key_id), request, now) for request in requests]
+        ids = sorted({request.key_id for request in requests})
+        locked = select(Key).where(Key.id.in_(ids)).order_by(Key.id).with_for_update()
+        keys = {key.id: _record(key) for key in session.scalars(locked)}
+        buckets = {(row.key_id, row.kind): row for row in session.scalars(select(BucketRow).where(BucketRow.key_id.in_(ids)))}
+        slots: dict[str, dict[str, SlotRow]] = {key_id: {} for key_id in ids}
+        for row in session.scalars(select(SlotRow).where(SlotRow.key_id.in_(ids))):
+            slots[row.key_id][row.gateway_id] = row
+        grants = []
+        for request in requests:
+            key = keys.get(request.key_id)
+            if key is None or not key.live(now):
+                grants.append(ledger.refused(request))
+            elif request.kind == "parallel":
+                grants.append(_hold_slots(session, key, slots[key.id], request, now))
+            else:
+                grants.append(_settle_bucket(session, key, buckets, request, now))
         if call_id is not None:
             answer = [asdict(grant) for grant in grants]
             session.execute(update(UsageBatch).where(UsageBatch.id == call_id).values(answer=answer))
         return grants
 
 
-def _grant(session: Session, key: KeyRecord | None, request: LeaseRequest, now: float) -> LeaseGrant:
-    """Settle one request against the rows of its key, which is locked."""
-    if key is None or not key.live(now):
-        return ledger.refused(request)
-    if request.kind == "parallel":
-        if key.max_parallel is None:
-            return ledger.unlimited(request)
-        rows = {row.gateway_id: row for row in session.scalars(select(SlotRow).where(SlotRow.key_id == key.id))}
-        held = [ledger.Slots(row.gateway_id, row.count, row.expires_at) for row in rows.values()]
-        slots, grant = ledger.hold(held, request, key.max_parallel, now)
-        mine = rows.pop(request.gateway_id, None)
-        if mine is None:
-            session.add(mine := SlotRow(key_id=key.id, gateway_id=request.gateway_id))
-        mine.count, mine.expires_at = slots.count, slots.expires_at
-        for row in rows.values():
-            if row.expires_at <= now:
-                session.delete(row)
-        return grant
-    limit = key.rpm if request.kind == "requests" else key.tpm
-    if limit is None:
+def _hold_slots(session: Session, key: KeyRecord, rows: dict[str, SlotRow], request: LeaseRequest, now: float) -> LeaseGrant:
+    """Settle a `parallel` request; `rows` are those of the key by gateway, kept up to date."""
+    if key.max_parallel is None:
         return ledger.unlimited(request)
-    kept = session.get(BucketRow, (key.id, request.kind))
-    bucket, grant = ledger.settle(None if kept is None else ledger.Bucket(kept.level, kept.updated_at), request, limit, now)
-    if kept is None:
-        session.add(kept := BucketRow(key_id=key.id, kind=request.kind))
-    kept.level, kept.updated_at = bucket.level, bucket.updated_at
+    for row in [row for row in rows.values() if row.expires_at <= now and row.gateway_id != request.gateway_id]:
+        session.delete(rows.pop(row.gateway_id))
+    held = [ledger.Slots(row.gateway_id, row.count, row.expires_at) for row in rows.values()]
+    slots, grant = ledger.hold(held, request, key.max_parallel, now)
+    mine = rows.get(request.gateway_id)
+    if mine is None:
+        mine = rows[request.gateway_id] = SlotRow(key_id=key.id, gateway_id=request.gateway_id)
+        session.add(mine)
+    mine.count, mine.expires_at = slots.count, slots.expires_at
     return grant
 
 
-def _kept_answer(session: Session, call_id: str) -> list[LeaseGrant]:
-    answer = session.scalars(select(UsageBatch.answer).where(UsageBatch.id == call_id)).one()
-    return [LeaseGrant(**grant) for grant in answer or []]
+def _settle_bucket(
+    session: Session, key: KeyRecord, rows: dict[tuple[str, str], BucketRow], request: LeaseRequest, now: float
+) -> LeaseGrant:
+    """Settle a `requests` or `tokens` request; `rows` are the buckets by key and kind, kept up to date."""
+    limit = key.rpm if request.kind == "requests" else key.tpm
+    if limit is None:
+        return ledger.unlimited(request)
+    row = rows.get((key.id, request.kind))
+    bucket, grant = ledger.settle(None if row is None else ledger.Bucket(row.level, row.updated_at), request, limit, now)
+    if row is None:
+        row = rows[key.id, request.kind] = BucketRow(key_id=key.id, kind=request.kind)
+        session.add(row)
+    row.level, row.updated_at = bucket.level, bucket.updated_at
+    return grant
 
 
 def _record(key: Key) -> KeyRecord:

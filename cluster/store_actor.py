@@ -81,11 +81,7 @@ class StoreActor:
         return self._store().spent_usd()
 
     def lease(self, requests: Sequence[LeaseRequest], now: float | None = None) -> list[LeaseGrant]:
-        import ray
-
-        # A repeated call keeps its task id: it takes nothing twice and gets the first answer.
-        call_id = f"task-{ray.get_runtime_context().get_task_id()}"
-        return self._store().lease(requests, time.time() if now is None else now, call_id)
+        return self._store().lease(requests, time.time() if now is None else now, _call_id())
 
     def sync(
         self,
@@ -96,7 +92,7 @@ class StoreActor:
         requests: Sequence[LeaseRequest] = (),
         slot_ttl_s: float = 10.0,
     ) -> SyncAnswer:
-        return self._store().sync(gateway_id, revision, batch_id, rows, requests, slot_ttl_s=slot_ttl_s)
+        return self._store().sync(gateway_id, revision, batch_id, rows, requests, slot_ttl_s=slot_ttl_s, call_id=_call_id())
 
 
 def connect(url: str) -> ActorHandle:
@@ -140,3 +136,18 @@ def attach() -> ActorHandle:
     import ray
 
     return ray.get_actor(NAME, namespace=NAMESPACE)
+
+
+def internal_secret() -> str:
+    """The secret between gateways and engines, from the cluster's store. Blocks; raises ValueError where there is none."""
+    import ray
+
+    secret: str = ray.get(attach().internal_secret.remote())
+    return secret
+
+
+def _call_id() -> str:
+    """The same when Ray repeats a call whose answer was lost, another for every other call."""
+    import ray
+
+    return f"task-{ray.get_runtime_context().get_task_id()}"

@@ -185,11 +185,13 @@ def test_sync_says_what_changed(store: Store, clock: Clock) -> None:
         LeaseRequest(key_id=record.id, kind="requests", want=4),
         LeaseRequest(key_id=record.id, kind="parallel", want=2, gateway_id="g1"),
     ]
-    first = store.sync("g1", 0, "s1", [replace(ROW, key_id=record.id)], asks)
+    first = store.sync("g1", 0, "s1", [replace(ROW, key_id=record.id)], asks, call_id="c1")
     assert first.keys == [record] and first.spent_usd == {record.id: 0.125}
     assert [grant.granted for grant in first.grants] == [4, 2] and first.slots == {record.id: 2}
-    again = store.sync("g1", first.revision, "s1", [replace(ROW, key_id=record.id)], asks)
+    again = store.sync("g1", first.revision, "s1", [replace(ROW, key_id=record.id)], asks, call_id="c1")
     assert again.grants == first.grants and again.keys is None and again.spent_usd == first.spent_usd
+    other = store.sync("g1", first.revision, "s1", [replace(ROW, key_id=record.id)], asks[:1], call_id="c2")
+    assert other.grants[0].remaining == 2 and other.spent_usd == first.spent_usd, "usage is known, the lease is a new one"
     clock.now += 9
     assert store.sync("g1", first.revision, "s2", []).slots == {record.id: 2}
     clock.now += 9
@@ -265,7 +267,7 @@ def test_kill_9_loses_no_acknowledged_row_and_counts_none_twice(store_url: str) 
     Store(store_url).close()
     sent = -1
     acknowledged: dict[int, str] = {}
-    for kill in range(4):
+    for kill in range(3):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, store_url, str(sent + 1)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         for lines, line in enumerate(writer.stdout, start=1):
@@ -279,7 +281,7 @@ def test_kill_9_loses_no_acknowledged_row_and_counts_none_twice(store_url: str) 
                 writer.send_signal(signal.SIGKILL)
         assert writer.wait() == -signal.SIGKILL
     store = Store(store_url)
-    assert len(acknowledged) >= 40
+    assert len(acknowledged) >= 30
     kept = {record.id: record.name for record in store.list_keys()}
     assert all(kept[key_id] == f"k{number}" for number, key_id in acknowledged.items())
     for batch in range(sent + 1):  # every batch is sent again, as a caller does that was not answered

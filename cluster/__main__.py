@@ -77,7 +77,7 @@ def _status(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from cluster import check
 
-    return check.check(_load(args), _out, fast=args.fast)
+    return check.check(_load(args), _out, fast=bool(args.fast))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 
-def ensure(url: str, kept: dict[str, str]) -> dict[str, Any]:
+def ensure(url: str, kept: dict[str, Any]) -> dict[str, Any]:
     """The secrets of a live admin key and a live client key.
 
     Args:
@@ -19,7 +19,7 @@ def ensure(url: str, kept: dict[str, str]) -> dict[str, Any]:
         kept: `admin_key` and `api_key` of an earlier run; used again if the store still honours them.
 
     Returns:
-        `admin_key`, `api_key`, and `new_admin_key`: whether the first was made just now.
+        `admin_key`, `api_key`, and `admin_key_shown`: whether an earlier `up` has printed the first.
     """
     import time
 
@@ -35,9 +35,9 @@ def ensure(url: str, kept: dict[str, str]) -> dict[str, Any]:
         record = live.get(hash_secret(kept.get(name, "")))
         return record is not None and record.admin == admin
 
-    new_admin = not holds("admin_key", True)
     admin = kept.get("admin_key")
-    if new_admin:
+    old_admin = holds("admin_key", True)
+    if not old_admin:
         admin = ray.get(actor.ensure_admin_key.remote())
         if admin is None:
             # One exists, but its secret is not in the run directory any more.
@@ -45,7 +45,7 @@ def ensure(url: str, kept: dict[str, str]) -> dict[str, Any]:
     client = kept.get("api_key")
     if not holds("api_key", False):
         _, client = ray.get(actor.create_key.remote(KeySpec(name="default")))
-    return {"admin_key": admin, "api_key": client, "new_admin_key": new_admin}
+    return {"admin_key": admin, "api_key": client, "admin_key_shown": old_admin and bool(kept.get("admin_key_shown"))}
 
 
 def main() -> None:

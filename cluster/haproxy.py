@@ -5,8 +5,10 @@ Ray renders the configuration and starts the binary named by `RAY_SERVE_HAPROXY_
 and the arguments are those that Ray expects. `harden` is the rewriting, a pure function.
 
 What changes: statistics and metrics listen on 127.0.0.1, the admin socket is its owner's only, nothing below `/-/` but the health
-check is answered, every error is JSON in the one wire shape with its own status, a half-sent request header is given up with
-a 408, and the per-request access log is off. Ports, backends and health checks stay as Ray writes them.
+check is answered, every error is JSON in the one wire shape with its own status, headers over 16 KiB are refused, a half-sent
+header is given up with a 408, and the per-request access log is off. Ports, backends and health checks stay as Ray writes them.
+Bytes that never become a request (not HTTP, half a header, headers over the buffer) get 400 or 408 with a page that is compiled
+into HAProxy's parser; no setting of 2.8 reaches it.
 
 As a script this file imports the standard library only: it runs once per reload.
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 ERRORS_DIR_VARIABLE = "TIDEPOOL_HAPROXY_ERRORS"
 BINARY_VARIABLE = "TIDEPOOL_HAPROXY_BINARY"
 HEADER_TIMEOUT_S = 30
+HEADER_BYTES = 16384
 ERRORS: dict[int, tuple[str, str, str]] = {
     400: ("Bad Request", "bad_request", "The request is not valid HTTP, or its headers are too large."),
     404: ("Not Found", "not_found", "There is nothing at this path."),
@@ -33,6 +36,16 @@ ERRORS: dict[int, tuple[str, str, str]] = {
 }
 
 
+_HEADERS_BODY = (
+    '{\\"error\\":{\\"message\\":\\"The request headers are too large.\\",\\"type\\":\\"invalid_request_error\\",'
+    '\\"param\\":null,\\"code\\":\\"headers_too_large\\"}}'
+)
+_HEADERS_RULE = (
+    f'    http-request return status 431 content-type application/json string "{_HEADERS_BODY}" '
+    f"if {{ req.hdrs,length gt {HEADER_BYTES} }}"
+)
+
+
 def harden(text: str, errors_dir: str) -> str:
     """Ray's configuration, rewritten as the module says. Applying it twice changes nothing more.
 
@@ -41,9 +54,10 @@ def harden(text: str, errors_dir: str) -> str:
         errors_dir: Folder that holds `<status>.http` for every status of `ERRORS`.
     """
     out: list[str] = []
+    in_frontend = False
     for line in text.splitlines():
         words = line.split()
-        if words[:1] == ["errorfile"] or words[:2] == ["timeout", "http-request"]:
+        if words[:1] == ["errorfile"] or words[:2] == ["timeout", "http-request"] or line == _HEADERS_RULE:
             continue
         if words[:2] == ["log", "global"] or words[:2] == ["option", "httplog"]:
             if words[1] == "httplog":
@@ -54,6 +68,11 @@ def harden(text: str, errors_dir: str) -> str:
         line = re.sub(r"^(\s*stats socket \S+) mode \d+", r"\1 mode 600", line)
         line = _plain_text_to_error(line)
         out.append(line)
+        if words == ["frontend", "http_frontend"]:
+            in_frontend = True
+        elif in_frontend and words[:1] == ["bind"]:
+            in_frontend = False
+            out.append(_HEADERS_RULE)
         if words == ["defaults"]:
             out.append(f"    timeout http-request {HEADER_TIMEOUT_S}s")
             out += [f"    errorfile {status} {errors_dir}/{status}.http" for status in ERRORS]
@@ -74,14 +93,8 @@ def _plain_text_to_error(line: str) -> str:
 def _close_internal_paths(lines: list[str]) -> list[str]:
     """Answer 404 to everything below `/-/` except the health check."""
     closed = "    http-request return status 404 default-errorfiles if { path_beg -i /-/ } !healthcheck"
-    out: list[str] = []
-    for line in lines:
-        if line.strip() == closed.strip():
-            continue
-        if re.match(r"^\s*http-request return status \d+ .* if routes\s*$", line):
-            line = closed
-        out.append(line)
-    return out
+    open_rule = re.compile(r"^\s*http-request return status \d+ .* if routes\s*$")
+    return [closed if open_rule.match(line) else line for line in lines]
 
 
 def _local_binds(lines: list[str]) -> str:

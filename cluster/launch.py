@@ -136,8 +136,9 @@ def _start(config: Config, config_path: Path, overrides: Sequence[str], session:
         "models": models,
     }
     write_private(session.endpoint, json.dumps(endpoint, indent=2) + "\n")
+    write_private(session.keys, json.dumps({**keys, "admin_key_shown": True}, indent=2) + "\n")
     say("ready")
-    if keys["new_admin_key"]:
+    if not keys["admin_key_shown"]:
         out(f"\nadmin key, shown once and kept in {session.keys}: {keys['admin_key']}")
     _greet(config, session, out)
 
@@ -204,7 +205,7 @@ def _credentials(config: Config, session: Session, environ: dict[str, str]) -> d
     }
     text = _run([sys.executable, "-m", "cluster.credentials"], environ, session, "the store did not start", json.dumps(asked))
     keys: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    write_private(session.keys, json.dumps({"admin_key": keys["admin_key"], "api_key": keys["api_key"]}, indent=2) + "\n")
+    write_private(session.keys, json.dumps(keys, indent=2) + "\n")
     return keys
 
 

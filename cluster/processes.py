@@ -2,8 +2,8 @@
 
 Every process that `up` starts inherits `TIDEPOOL_RUN_ID` and `TIDEPOOL_RUN_DIR`, and so does every process that those start:
 Ray's daemons, workers, HAProxy, vLLM's engine cores. Reading that mark from `/proc/<pid>/environ` finds them after any crash and
-is safe against recycled pids. `SPT_NOENV=1` in the same environment keeps `setproctitle` from overwriting the mark; children of a marked
-process count too. Linux only. `launch` is the caller.
+is safe against recycled pids. `SPT_NOENV=1` in the same environment keeps `setproctitle` from overwriting the mark; children of a
+marked process count too. Linux only. `launch` is the caller.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def marked(run_dir: Path, proc: Path = Path("/proc")) -> list[Process]:
     return sorted((alive[pid] for pid in ours), key=lambda p: p.pid)
 
 
-def stop(run_dir: Path, grace_s: float = 8.0, limit_s: float = 30.0, told: Callable[[str], None] | None = None) -> int:
+def stop(run_dir: Path, grace_s: float = 5.0, limit_s: float = 30.0, told: Callable[[str], None] | None = None) -> int:
     """Stop every process of the cluster: SIGTERM, `grace_s` later SIGKILL, until none is left.
 
     Shared-memory files that only they had open are removed. Returns how many processes were stopped.

@@ -1,7 +1,8 @@
 """Where a cluster keeps its files, and the environment all its processes inherit.
 
 `Session` names every path below the run directory; `environment` is the one place that sets variables for Ray, Serve, HAProxy
-and vLLM. It starts nothing (`launch` does). Unix socket paths end at 107 bytes (HAProxy: 97) and Ray's have 75 of their own, so a run directory with a long path is reached through a short link, `/tmp/tp-<8 hex>`, which `down` removes.
+and vLLM. It starts nothing (`launch` does). Unix socket paths end at 107 bytes (HAProxy: 97) and Ray's have 75 of their own, so a
+run directory with a long path is reached through a short link, `/tmp/tp-<8 hex>`, which `down` removes.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ class Session:
 
     @property
     def logs(self) -> Path:
-        """The newest Ray session's logs."""
-        return self.run_dir / "ray" / "session_latest" / "logs"
+        """The newest Ray session's logs, by a path that outlives the short link."""
+        latest = self.run_dir / "ray" / "session_latest"
+        return latest.with_name(os.path.basename(os.readlink(latest)) if latest.is_symlink() else latest.name) / "logs"
 
     def prepare(self) -> None:
         """Make the folders, the link, the token, HAProxy's wrapper and error files.
@@ -84,6 +86,10 @@ class Session:
                     ) from error
             if self.short.lstat().st_uid != os.getuid() or self.short.resolve() != self.run_dir:
                 raise LaunchError(f"{self.short} leads elsewhere; remove it, or choose a run directory with a short path")
+        for old in (self.run_dir / "ray").glob("session_2*"):
+            # Logs of one session back stay, or they would fill the disk.
+            if old != self.logs.parent:
+                shutil.rmtree(old, ignore_errors=True)
         write_private(self.token, secrets.token_hex(32))
         haproxy.write_errors(self.run_dir / "h" / "errors")
         haproxy.write_wrapper(self.run_dir / "h" / "haproxy")
@@ -160,6 +166,8 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(short / "h" / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(short / "h"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(short / "h" / "server-state"),
+        # Twice the header limit, so that headers over it are still parsed and refused in our shape.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2 * haproxy.HEADER_BYTES),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(node.stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(node.proxy_metrics_port),
         # A log line per request to a Python reader; the gateway counts requests itself.

@@ -123,7 +123,8 @@ class ModelConfig(Section):
         None, ge=1, description="Requests in flight per replica; default: vLLM's max_num_seqs, or 128."
     )
     autoscaling: AutoscalingConfig = AutoscalingConfig()
-    routing: Literal["round_robin", "prefix_affinity"] = "round_robin"
+    routing: Literal["least_busy", "prefix_affinity"] = "least_busy"
+    surge: bool = Field(True, description="A rollout starts new replicas before it stops old ones; needs free GPUs for both.")
     max_generation_s: float = Field(600.0, gt=0, description="Longest generation; a replica that stops waits this long for it.")
     stall_timeout_s: float = Field(120.0, gt=0, description="Requests running and no token for this long: the replica is replaced.")
     price: Price = Price()

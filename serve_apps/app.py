@@ -1,0 +1,108 @@
+"""The wiring: from a configuration to Serve applications, and from a Serve application's arguments to running objects.
+
+`serve_config` gives the mapping that `serve deploy`, KubeRay's RayService and our `up` take as it is: one application for the
+gateway at `/`, one per model under `/engines/<id>`. `engine` and `gateway` are the import paths in it; Serve calls them on the
+cluster. Nothing secret is in that mapping.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import Config, GatewayConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from ray import serve
+
+GATEWAY_MAX_ONGOING = 100_000
+GATEWAY_HEALTH_PERIOD_S = 2.0
+STORE_URL = "TIDEPOOL_STORE_URL"
+ELSEWHERE = os.path.expanduser("~/.tidepool")
+
+
+def serve_config(config: Config) -> dict[str, Any]:
+    """Serve's declarative configuration, as plain data."""
+    models = [model.model_dump(mode="json", exclude_defaults=True) for model in config.models]
+    gateway_args = {
+        "gateway": config.gateway.model_dump(mode="json", exclude_defaults=True),
+        "models": models,
+        "store_url": config.store.url,
+    }
+    applications: list[dict[str, Any]] = [
+        {"name": "gateway", "route_prefix": "/", "import_path": "serve_apps.app:gateway", "args": gateway_args}
+    ]
+    applications += [
+        {"name": model.app_name, "route_prefix": model.path, "import_path": "serve_apps.app:engine", "args": {"model": plain}}
+        for model, plain in zip(config.models, copy.deepcopy(models), strict=True)
+    ]
+    return {
+        "proxy_location": {"every_node": "EveryNode", "head_only": "HeadOnly"}[config.node.proxies],
+        "http_options": {"host": config.node.host, "port": config.node.port, "keep_alive_timeout_s": 75},
+        "logging_config": {"encoding": "TEXT", "enable_access_log": False},
+        "applications": applications,
+    }
+
+
+def engine(args: dict[str, Any]) -> serve.Application:
+    """Serve's builder of one model's application. `args`: `{"model": ModelConfig}`."""
+    from serve_apps.engine import build
+
+    return build(ModelConfig.model_validate(args["model"]))
+
+
+def gateway(args: dict[str, Any]) -> serve.Application:
+    """Serve's builder of the gateway. `args`: `{"gateway": GatewayConfig, "models": [ModelConfig], "store_url": str | None}`."""
+    from ray import serve
+
+    config = GatewayConfig.model_validate(args.get("gateway", {}))
+    longest = max(ModelConfig.model_validate(model).max_generation_s for model in args["models"])
+    deployment = serve.deployment(
+        serve.ingress()(GatewayServer),
+        name="Gateway",
+        num_replicas=config.replicas,
+        max_ongoing_requests=GATEWAY_MAX_ONGOING,
+        health_check_period_s=GATEWAY_HEALTH_PERIOD_S,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=longest + config.admission.hold_s + 30.0,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return deployment.bind(args)
+
+
+class GatewayServer:
+    """The gateway as a Serve replica."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        self._args = args
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        import asyncio
+
+        from cluster import store_actor
+        from cluster.database import default_url
+        from serve_apps.fleet import Fleet, serve_counts
+        from serve_apps.gateway import Gateway
+        from serve_apps.replicas import RayReplicas
+        from serve_apps.sync import ActorStore
+
+        url = self._args.get("store_url") or os.environ.get(STORE_URL) or default_url(ELSEWHERE)
+        actor = await asyncio.to_thread(store_actor.connect, url)
+        self._gateway = Gateway(
+            config=GatewayConfig.model_validate(self._args.get("gateway", {})),
+            models=[ModelConfig.model_validate(model) for model in self._args["models"]],
+            replicas=RayReplicas,
+            store=ActorStore(actor),
+            secret=await actor.internal_secret.remote(),
+            fleet=Fleet(serve_counts),
+            echo_request_id=False,
+        )
+        await self._gateway.start()
+        return self._gateway
+
+    async def __del__(self) -> None:
+        gateway = getattr(self, "_gateway", None)
+        if gateway is not None:
+            await gateway.stop()

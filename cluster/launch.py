@@ -70,8 +70,8 @@ def down(session: Session, out: Say) -> int:
     Raises:
         LaunchError: a process does not end, or a port is still taken.
     """
-    stopped = processes.stop(session.run_dir, told=out)
     state = read_json(session.state)
+    stopped = processes.stop(session.run_dir, told=out, since=(state or {}).get("started"))
     session.unlink()
     taken = []
     for host, port in (state or {}).get("addresses", []):
@@ -112,6 +112,7 @@ def _start(config: Config, config_path: Path, overrides: Sequence[str], session:
     environ = environment(config, session, run_id)
     state = {
         "run_id": run_id,
+        "started": time.time(),
         "digest": _digest(config),
         "node": _node_digest(config),
         "config": str(config_path),
@@ -280,12 +281,15 @@ def _clock(out: Say) -> Say:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP mean what Ctrl-C means."""
+    """SIGTERM and SIGHUP mean what Ctrl-C means, and Ctrl-C works in a script's background job too; `nohup` is respected."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

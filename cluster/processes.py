@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cluster.errors import LaunchError
 
 RUN_ID = "TIDEPOOL_RUN_ID"
 RUN_DIR = "TIDEPOOL_RUN_DIR"
+SHARED = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,17 @@ def marked(run_dir: Path, proc: Path = Path("/proc")) -> list[Process]:
     return sorted((alive[pid] for pid in ours), key=lambda p: p.pid)
 
 
-def stop(run_dir: Path, grace_s: float = 5.0, limit_s: float = 30.0, told: Callable[[str], None] | None = None) -> int:
+def stop(
+    run_dir: Path,
+    grace_s: float = 5.0,
+    limit_s: float = 30.0,
+    told: Callable[[str], None] | None = None,
+    since: float | None = None,
+) -> int:
     """Stop every process of the cluster: SIGTERM, `grace_s` later SIGKILL, until none is left.
 
-    Shared-memory files that only they had open are removed. Returns how many processes were stopped.
+    Shared-memory files that only they had open are removed, and with `since` (unix seconds, the cluster's start) those of
+    processes that died before. Returns how many processes were stopped.
 
     Raises:
         LaunchError: some are still there after `limit_s` (stuck in the kernel).
@@ -89,7 +98,7 @@ def stop(run_dir: Path, grace_s: float = 5.0, limit_s: float = 30.0, told: Calla
             told(f"stopping {len(left)} processes")
             told = None
         time.sleep(0.1)
-    _remove_shared(shared)
+    _remove_shared(shared, since)
     return len(seen)
 
 
@@ -134,9 +143,19 @@ def _shared_memory(pid: int) -> set[str]:
     return {path for path in paths if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}
 
 
-def _remove_shared(paths: set[str]) -> None:
-    """Remove shared-memory files that no live process has mapped any more."""
+def _remove_shared(paths: set[str], since: float | None) -> None:
+    """Remove shared-memory files that no live process has mapped: `paths`, and what processes killed earlier left behind.
+
+    The latter carry Python's names (`psm_`, `sem.mp-`), not ours. Unmapped, this user's, and made since the cluster started,
+    they are garbage, at worst that of another crashed program.
+    """
     left = {path for path in paths if os.path.exists(path)}
+    if since is not None:
+        for name in (*SHARED.glob("psm_*"), *SHARED.glob("sem.mp-*")):
+            with suppress(FileNotFoundError):
+                found = name.stat()
+                if found.st_uid == os.getuid() and found.st_ctime >= since:
+                    left.add(str(name))
     if not left:
         return
     for entry in Path("/proc").iterdir():

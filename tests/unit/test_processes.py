@@ -93,6 +93,26 @@ def test_shared_memory_of_a_stopped_process_goes(start, tmp_path):
     assert not Path(name).exists()
 
 
+def test_shared_memory_of_a_process_killed_before_goes_too(start, tmp_path):
+    code = (
+        "from multiprocessing import shared_memory, resource_tracker; import time; "
+        "s = shared_memory.SharedMemory(create=True, size=4096); resource_tracker.unregister(s._name, 'shared_memory'); "
+        "print('up', flush=True); time.sleep(60)"
+    )
+    before, since = set(processes.SHARED.iterdir()), time.time() - 1
+    dead, alive = start(code), start(code)
+    dead.kill()
+    dead.wait()
+    kept = {path for path in set(processes.SHARED.iterdir()) - before if str(path) in processes._shared_memory(alive.pid)}
+    assert len(kept) == 1
+    processes.stop(tmp_path, since=since)
+    assert kept <= set(processes.SHARED.iterdir())
+    alive.kill()
+    alive.wait()
+    processes.stop(tmp_path, since=since)
+    assert not kept & set(processes.SHARED.iterdir())
+
+
 def test_a_recycled_pid_is_not_signalled(start, tmp_path):
     other = start(SLEEP)
     stale = processes.Process(other.pid, 1, 12345, "an earlier owner of the pid")

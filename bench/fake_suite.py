@@ -3,9 +3,9 @@
 Streams start spread over the length of one stream, so tokens arrive evenly, as from many engines; `--lockstep` makes the
 engine send the tokens of all streams at once, as one engine's batches do, and then the last stream of a batch waits for all
 others in any front. Figures: CPU of the gateway per streamed chunk (all it used in the round divided by the chunks, so what
-requests cost is inside), added delay of chunks and of first tokens, and how many slow streams it holds. Our gateway runs alone
-under uvicorn (`python -m serve_apps gateway`), the routers of `rivals` can stand in its place. Called by
-`python -m bench gateway --fake`.
+requests cost is inside; a round of two-token answers tells the two apart), added delay of chunks and of first tokens, and how
+many slow streams it holds. Our gateway runs alone under uvicorn (`python -m serve_apps gateway`), the routers of `rivals` can
+stand in its place. Called by `python -m bench gateway --fake`.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def run(plan: FakeSuitePlan, say: Callable[[str], None]) -> dict[str, Any]:
             result["cpu_us_per_chunk"] = cpu_us_per_chunk(result)
             found.append(result)
             say(f"{suites.progress(plan.streams, result)}  CPU {result['cpu_us_per_chunk'] or 0:.1f} us/chunk")
+        short = {name: rounds.run_load(arms[name], _short(plan, arms[name]), 1) for name in names}
     held: dict[str, Any] = {}
     if plan.held:
         slow = FakePlan(MODEL, 1.0, 0.5, 8)
@@ -104,7 +105,8 @@ def run(plan: FakeSuitePlan, say: Callable[[str], None]) -> dict[str, Any]:
             for name in names:
                 held[name] = _hold(plan, arms[name], say)
     document["medians"] = {str(plan.streams): rounds.medians(found, names)}
-    document["figures"] = {name: figures(found, name) for name in plan.fronts}
+    document["figures"] = {name: figures(found, name) | split(found, short[name], name) for name in plan.fronts}
+    document["short"] = short
     document["held"] = held
     ours = document["figures"].get("ours")
     document["targets"] = targets.fake({n: _median(v) for n, v in ours.items()}) if ours else []
@@ -114,8 +116,7 @@ def run(plan: FakeSuitePlan, say: Callable[[str], None]) -> dict[str, Any]:
 
 def cpu_us_per_chunk(result: dict[str, Any]) -> float | None:
     """CPU microseconds of the arm's own processes per chunk that reached the client."""
-    own = sum(seconds for name, seconds in result["cpu_s"].items() if name != "machine")
-    return 1e6 * own / result["chunks"] if result["chunks"] else None
+    return 1e6 * _own_cpu(result) / result["chunks"] if result["chunks"] else None
 
 
 def figures(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -138,6 +139,27 @@ def figures(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
         "added_ttft_p99_ms": added("ttft_ms_p99"),
         "failures": sum(int(r["failures"]) for r in own.values()),
     }
+
+
+def split(found: list[dict[str, Any]], short: dict[str, Any], name: str) -> dict[str, float | None]:
+    """What a request and what a further chunk cost in CPU microseconds, from long answers and from answers of two tokens."""
+    own = [r for r in found if r["arm"] == name and r["counted"]]
+    chunks, requests = sum(r["chunks"] for r in own), sum(r["requests"] for r in own)
+    cpu, cpu_short = sum(_own_cpu(r) for r in own), _own_cpu(short)
+    scale = chunks * short["requests"] - short["chunks"] * requests
+    if scale <= 0 or not short["requests"]:
+        return {"cpu_us_per_request_only": None, "cpu_us_per_chunk_only": None}
+    per_chunk = (cpu * short["requests"] - cpu_short * requests) / scale
+    per_request = (cpu_short - per_chunk * short["chunks"]) / short["requests"]
+    return {"cpu_us_per_request_only": 1e6 * per_request, "cpu_us_per_chunk_only": 1e6 * per_chunk}
+
+
+def _own_cpu(result: dict[str, Any]) -> float:
+    return float(sum(seconds for name, seconds in result["cpu_s"].items() if name != "machine"))
+
+
+def _short(plan: FakeSuitePlan, arm: Arm) -> LoadPlan:
+    return LoadPlan(arm.url, arm.key, MODEL, 20, 1000, 2, plan.seed * 1000 + 999, 24, "chat", 0.2, 120.0, True)
 
 
 def _load(plan: FakeSuitePlan, arm: Arm, number: int, stream_s: float) -> LoadPlan:

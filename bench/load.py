@@ -79,7 +79,7 @@ def request_body(plan: LoadPlan, index: int) -> dict[str, Any]:
         "stream_options": {"include_usage": True},
         "max_tokens": plan.max_tokens,
         "ignore_eos": True,
-        "temperature": 0,
+        "temperature": 1,  # greedy, an untrained model can repeat half a character for ever and never send a word
         "skip_special_tokens": False,  # a small model may babble special tokens: each must still be a visible chunk
     }
     if plan.api == "chat":

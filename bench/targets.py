@@ -27,7 +27,7 @@ def verdict(name: str, value: float | None, *, floor: float | None = None, ceili
 
 
 def gateway(medians: dict[str, dict[str, Any]], failures: dict[str, int]) -> list[dict[str, Any]]:
-    """The targets of the comparison with bare vLLM.
+    """The targets of the comparison with bare vLLM; none when our endpoint was not an arm.
 
     Args:
         medians: Per stream count (as text) and arm the ratios to another arm, medians of pairs:
@@ -35,6 +35,8 @@ def gateway(medians: dict[str, dict[str, Any]], failures: dict[str, int]) -> lis
         failures: Failed requests per arm, in counted rounds.
     """
     found: list[dict[str, Any]] = []
+    if not any("ours" in arms for arms in medians.values()):
+        return found
     for streams, floor in THROUGHPUT_FLOOR.items():
         arms = medians.get(str(streams), {})
         if not arms:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import cpu, endpoint, prompts, report, rounds, sse, stats, targets
+from bench import cpu, endpoint, fake_suite, prompts, report, rounds, sse, stats, targets
 from bench.load import LoadPlan, Stream, judge, request_body
 from bench.vllm_load import mapped
 from cluster.errors import ConfigError
@@ -237,3 +237,18 @@ def test_vllms_own_result_file_is_mapped() -> None:
     saved |= {"request_throughput": 1.5, "median_ttft_ms": 1.0, "p99_ttft_ms": 2.0, "median_itl_ms": 3.0, "p99_itl_ms": 4.0}
     result = mapped(saved, LoadPlan("http://x/v1", "", "m", 2, 4, max_tokens=4))
     assert result["failures"] == 1 and result["failure_reasons"] == {} and result["tok_per_s"] == 6.0
+
+
+def test_request_and_chunk_costs_are_told_apart() -> None:
+    def fake_round(arm: str, requests: int, chunks: int, delay: float) -> dict[str, Any]:
+        cost = {"front ours": requests * 1000e-6 + chunks * 50e-6, "machine": 99.0}
+        result = {"arm": arm, "round": 1, "counted": True, "requests": requests, "chunks": chunks, "failures": 0, "cpu_s": cost}
+        result |= {"delay_ms_p99": delay}
+        return result | {"cpu_us_per_chunk": fake_suite.cpu_us_per_chunk(result)}
+
+    found = [fake_round("ours", 400, 25600, 3.0), fake_round("direct", 400, 25600, 1.0)]
+    split = fake_suite.split(found, fake_round("ours", 1000, 2000, 0.0), "ours")
+    assert split["cpu_us_per_request_only"] == pytest.approx(1000) and split["cpu_us_per_chunk_only"] == pytest.approx(50)
+    figures = fake_suite.figures(found, "ours")
+    assert figures["added_delay_p99_ms"]["median"] == 2.0 and figures["added_ttft_p99_ms"] is None
+    assert figures["cpu_us_per_chunk"]["median"] == pytest.approx(50 + 1000 * 400 / 25600)

@@ -133,6 +133,7 @@ def engine_arguments() -> set[str]:
     """
     import dataclasses
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 

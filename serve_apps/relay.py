@@ -61,8 +61,8 @@ class Stream:
             except (aiohttp.ClientError, OSError) as error:
                 raise EngineGone(str(error)) from error
             if not data:
-                if self.tokens is None:
-                    raise EngineGone("the engine ended its answer early")
+                if self.tokens is None:  # an engine without our guard: events are the best count there is
+                    self.tokens = Tokens(completion=self.events)
                 return b""
             if self._rest:
                 data = self._rest + data

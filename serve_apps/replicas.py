@@ -21,6 +21,7 @@ from cluster.config import ModelConfig
 
 AVOID_S = 5.0
 RETRY_S = 0.1
+AWAKE_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,22 @@ class RayReplicas:
         args = (SimpleNamespace(**body),) if self._by_body and (body.get("messages") or body.get("prompt")) else ()
         while True:
             try:
-                async with self._found().choose_replica(*args, _reserve=False) as selection:
-                    address = selection._replica.backend_http_endpoint
-                    name = selection.replica_id
-                endpoint = Endpoint(name, f"http://{address[0]}:{address[1]}{self._path}") if address else None
+                async with asyncio.timeout(AWAKE_S):
+                    endpoint = await self._choose(args, reserve=False)
+            except TimeoutError:
+                # Nobody is there. A reservation that waits is what Serve counts as demand: it wakes the model.
+                endpoint = await self._choose(args, reserve=True)
             except (DeploymentUnavailableError, KeyError):  # failed to start, or not deployed yet
                 endpoint = None
             if endpoint is not None and self._avoided.get(endpoint.id, 0.0) < time.monotonic():
                 return endpoint
             await asyncio.sleep(RETRY_S)
+
+    async def _choose(self, args: tuple[Any, ...], reserve: bool) -> Endpoint | None:
+        async with self._found().choose_replica(*args, _reserve=reserve) as selection:
+            address = selection._replica.backend_http_endpoint
+            name = selection.replica_id
+        return Endpoint(name, f"http://{address[0]}:{address[1]}{self._path}") if address else None
 
     def _found(self) -> Any:
         """The deployment's handle. Raises KeyError while Serve does not know the deployment."""

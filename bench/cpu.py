@@ -17,7 +17,17 @@ from pathlib import Path
 RUN_MARKER = "TIDEPOOL_RUN_ID"
 """Environment variable that every process of our cluster is started with."""
 
-_RAY_SYSTEM = ("raylet", "gcs_server", "dashboard", "log_monitor", "runtime_env_agent", "ray::ProxyActor", "ray::ServeController")
+_RAY_SYSTEM = (
+    "raylet",
+    "gcs_server",
+    "/ray/autoscaler/",
+    "/ray/_private/",
+    "/ray/dashboard/",
+    "log_monitor",
+    "runtime_env_agent",
+    "ray::ProxyActor",
+    "ray::ServeController",
+)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,13 @@ def _table(streams: str, arms: dict[str, Any]) -> list[str]:
     for name, entry in arms.items():
         ratios = entry["ratios"].get("bare") or entry["ratios"].get("direct") or {}
         ratio = ratios.get("tok_per_s")
-        shown = f"{ratio['median']:.3f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "1"
+        shown = (
+            f"{ratio['median']:.3f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            if ratio
+            else "1"
+            if name in ("bare", "direct")
+            else "-"
+        )
         cpu = ", ".join(f"{group} {_number(value, 2)}" for group, value in _largest(entry["cpu_s"]))
         cells = [name, shown, *(_number(entry.get(key), digits) for key, _, digits in _COLUMNS), str(entry["failures"]), cpu]
         lines.append("| " + " | ".join(cells) + " |")

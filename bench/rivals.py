@@ -108,7 +108,13 @@ def ray_serve(bench_dir: Path, model: Model, port: int, *, direct: bool) -> RayS
         env |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
         env |= {"RAY_SERVE_HAPROXY_STATS_PORT": str(port + 10), "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 11)}
     ports = {"port": 1, "dashboard-agent-listen-port": 2, "dashboard-agent-grpc-port": 3, "runtime-env-agent-port": 4}
-    ports |= {"metrics-export-port": 5, "node-manager-port": 6, "object-manager-port": 7, "ray-client-server-port": 8, "dashboard-port": 9}
+    ports |= {
+        "metrics-export-port": 5,
+        "node-manager-port": 6,
+        "object-manager-port": 7,
+        "ray-client-server-port": 8,
+        "dashboard-port": 9,
+    }
     head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     head += [f"--{flag}={port + offset}" for flag, offset in ports.items()]
     head += [f"--min-worker-port={port + 300}", f"--max-worker-port={port + 499}", "--include-dashboard=false", "--num-cpus=16"]

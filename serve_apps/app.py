@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config, GatewayConfig, ModelConfig
@@ -24,7 +25,7 @@ ELSEWHERE = os.path.expanduser("~/.tidepool")
 
 def serve_config(config: Config) -> dict[str, Any]:
     """Serve's declarative configuration, as plain data."""
-    models = [model.model_dump(mode="json", exclude_defaults=True) for model in config.models]
+    models = [_placed(model).model_dump(mode="json", exclude_defaults=True) for model in config.models]
     gateway_args = {
         "gateway": config.gateway.model_dump(mode="json", exclude_defaults=True),
         "models": models,
@@ -43,6 +44,16 @@ def serve_config(config: Config) -> dict[str, Any]:
         "logging_config": {"encoding": "TEXT", "enable_access_log": False},
         "applications": applications,
     }
+
+
+def _placed(model: ModelConfig) -> ModelConfig:
+    """The model with local folders as absolute paths: replicas run in another working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+    adapters = {name: absolute(path) for name, path in model.adapters.items()}
+    return model.model_copy(update={"model_source": absolute(model.source), "adapters": adapters})
 
 
 def engine(args: dict[str, Any]) -> serve.Application:

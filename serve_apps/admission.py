@@ -85,12 +85,19 @@ class FairQueue(Generic[T]):
     def remove(self, flow: str, item: T) -> bool:
         """Take out an item that gave up; False when it is no longer there."""
         entry = self._flows.get(flow)
-        for spot, (_, waiting) in enumerate(entry.waiting if entry else ()):
+        for spot, (start, waiting) in enumerate(entry.waiting if entry else ()):
             if waiting is item and entry is not None:
                 del entry.waiting[spot]
+                if spot == len(entry.waiting):  # it was the newest: the flow's next item takes its turn
+                    entry.finish = start
                 self._size -= 1
                 return True
         return False
+
+    def end_busy_period(self) -> None:
+        """Nobody waits and nothing runs: what was used while there was room for all is no debt."""
+        if not self._size:
+            self._flows.clear()
 
     def _forget(self) -> None:
         """Flows whose turn is past and who wait for nothing carry no debt: drop them."""
@@ -152,6 +159,8 @@ class Admission:
         self.running -= 1
         self._service_s += SERVICE_SMOOTHING * (service_s - self._service_s)
         self._serve()
+        if not self.running:
+            self._queue.end_busy_period()
 
     def refresh(self) -> None:
         """Look at the limit again; called when replicas come or go."""

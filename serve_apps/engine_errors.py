@@ -28,7 +28,7 @@ def reshape(status: int, body: bytes) -> ApiError:
 def _read(body: bytes) -> tuple[str, str | None]:
     try:
         data: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body[:500].decode("utf-8", "replace"), None
     if not isinstance(data, dict):
         return str(data)[:500], None
@@ -37,6 +37,14 @@ def _read(body: bytes) -> tuple[str, str | None]:
         return str(error)[:500], None
     message = error.get("message", error.get("detail", ""))
     if isinstance(message, list):  # FastAPI lists each field that does not fit
-        message = "; ".join(f"{'.'.join(map(str, item.get('loc', ())))}: {item.get('msg', '')}" for item in message)
+        message = "; ".join(_field(item) for item in message)
     param = error.get("param")
-    return str(message)[:2000], param if isinstance(param, str) else None
+    return str(message or "")[:2000], param if isinstance(param, str) else None
+
+
+def _field(item: Any) -> str:
+    """One entry of FastAPI's `detail`: where, and what is wrong."""
+    if not isinstance(item, dict):
+        return str(item)
+    where = item.get("loc")
+    return f"{'.'.join(map(str, where if isinstance(where, list) else ()))}: {item.get('msg', '')}"

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.errors import ApiError
 from serve_apps.wire import send_error
 
-REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -47,7 +47,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
-        self.request_id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+        self.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self._echo = [(b"x-request-id", self.request_id.encode())] if echo_request_id else []
 
     async def read_body(self, limit: int, timeout_s: float) -> bytes:

@@ -26,7 +26,7 @@ from serve_apps.exchange import ClientGone, Exchange
 from serve_apps.fleet import Fleet
 from serve_apps.relay import Relay
 from serve_apps.replicas import Replicas
-from serve_apps.requests import ROUTES, estimate_tokens, model_name, parse_form
+from serve_apps.requests import ROUTES, check_choices, estimate_tokens, model_name, parse_form
 from serve_apps.service import Call, ModelService, Outcome
 from serve_apps.status import StatusApi
 from serve_apps.sync import StoreClient, Syncer
@@ -161,6 +161,7 @@ class Gateway:
             content_type = "application/json"
         asked = model_name(fields)
         model = self._model(key, asked)
+        check_choices(fields)
         if model.task not in tasks:
             text = f"The model {asked!r} does not answer {exchange.path}; it is made for {model.task!r}."
             raise ApiError(400, text, "model_not_supported", param="model")

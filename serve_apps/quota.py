@@ -109,7 +109,8 @@ class Quotas:
         now = self._clock()
         due = []
         for key_id, account in list(self._accounts.items()):
-            idle = account.in_use == 0 and now - account.last_used > IDLE_S
+            asking = account.lock.locked()  # a request counts on what is here and waits for the ledger: leave it alone
+            idle = account.in_use == 0 and not asking and now - account.last_used > IDLE_S
             if account.tokens < 0:
                 due.append(LeaseRequest(key_id=key_id, kind="tokens", charge=-account.tokens))
                 account.tokens = 0
@@ -119,9 +120,10 @@ class Quotas:
             if idle and account.requests > 0:
                 due.append(LeaseRequest(key_id=key_id, kind="requests", refund=account.requests))
                 account.requests = 0
-            if account.slots and not account.lock.locked():
+            if account.slots and not asking:
+                account.slots = account.in_use  # the ledger may lend the others to another gateway from now on
                 due.append(self._slots(key_id, account.in_use))
-            if idle and not due and not account.lock.locked():
+            if idle and not due:
                 del self._accounts[key_id]
         return due
 

@@ -60,6 +60,10 @@ class Stream:
                 data = await self._response.content.readany()
             except (aiohttp.ClientError, OSError) as error:
                 raise EngineGone(str(error)) from error
+            if not data and self._rest:  # the last event was not ended: what there is goes on as it is
+                data, self._rest = self._rest, b""
+                self.events += 1
+                return data
             if not data:
                 if self.tokens is None:  # an engine without our guard: events are the best count there is
                     self.tokens = Tokens(completion=self.events)
@@ -73,7 +77,7 @@ class Stream:
                 if not data:
                     continue
             mark = data.rfind(USAGE_COMMENT, max(0, len(data) - 128))
-            if mark >= 0:
+            if mark == 0 or (mark > 0 and data[mark - 1 : mark] == b"\n"):  # a line of its own, not an answer's text
                 self.tokens = Tokens.parse(data[mark + len(USAGE_COMMENT) :])
                 data = data[:mark]
                 if not data:

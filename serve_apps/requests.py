@@ -36,6 +36,7 @@ ROUTES: dict[str, frozenset[str]] = {
 BYTES_PER_TOKEN = 4
 ASSUMED_COMPLETION = 256
 LONGEST_ASSUMED = 1_000_000
+MOST_CHOICES = 128
 
 
 def model_name(fields: dict[str, Any]) -> str:
@@ -48,6 +49,13 @@ def model_name(fields: dict[str, Any]) -> str:
     return name
 
 
+def check_choices(fields: dict[str, Any]) -> None:
+    """OpenAI's limit on `n`; vLLM would take 16,384. Raises ApiError 400."""
+    choices = fields.get("n")
+    if isinstance(choices, int | float) and choices > MOST_CHOICES:
+        raise ApiError(400, f"n must be at most {MOST_CHOICES}.", "invalid_value", param="n")
+
+
 def estimate_tokens(body_bytes: int, fields: dict[str, Any]) -> int:
     """Tokens to reserve for a request, prompt and completion; what was really used is settled at its end."""
     longest = ASSUMED_COMPLETION
@@ -56,8 +64,10 @@ def estimate_tokens(body_bytes: int, fields: dict[str, Any]) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             longest = value
             break
-    choices = fields.get("n")
+    choices, prompts = fields.get("n"), fields.get("prompt")
     count = choices if isinstance(choices, int) and not isinstance(choices, bool) and choices > 0 else 1
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):  # several prompts, each answered
+        count *= len(prompts)
     return min(LONGEST_ASSUMED, body_bytes // BYTES_PER_TOKEN + 1 + longest * count)
 
 

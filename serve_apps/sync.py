@@ -8,6 +8,7 @@ for a gateway that runs alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -92,17 +93,24 @@ class Syncer:
     async def sync(self) -> None:
         """One exchange with the store. Raises StoreUnavailable."""
         async with self._lock:
-            if self._pending is None:
-                self._pending = (uuid.uuid4().hex, self.usage.take(), self.quotas.due())
-            answer: SyncAnswer = await self._store.call("sync", self.gateway_id, self._revision, *self._pending)
-            self._pending = None
-            self.usage.delivered()
-            self.quotas.take(answer.grants)
-            if answer.keys is not None:
-                self.keys.replace(answer.keys)
-            self._revision = answer.revision
-            self._spent = answer.spent_usd
-            self._synced = time.monotonic()
+            if self._pending is not None:
+                await self._exchange(*self._pending)
+            self._pending = (uuid.uuid4().hex, self.usage.take(), self.quotas.due())
+            await self._exchange(*self._pending)
+
+    async def _exchange(self, batch: str, rows: list[UsageRow], requests: list[LeaseRequest]) -> None:
+        # If it fails, usage and leases are sent again. How many slots are held is a state and not a change: an old one must
+        # not be told again later.
+        self._pending = (batch, rows, [request for request in requests if request.kind != "parallel"])
+        answer: SyncAnswer = await self._store.call("sync", self.gateway_id, self._revision, batch, rows, requests)
+        self._pending = None
+        self.usage.delivered()
+        self.quotas.take(answer.grants)
+        if answer.keys is not None:
+            self.keys.replace(answer.keys)
+        self._revision = answer.revision
+        self._spent = answer.spent_usd
+        self._synced = time.monotonic()
 
     async def find_key(self, secret: str) -> KeyRecord:
         """The live key with this secret; a key made a moment ago is asked for at once. Raises ApiError 401."""
@@ -133,8 +141,11 @@ class Syncer:
             raise ApiError(400, str(error), "invalid_value") from error
 
     async def _lease(self, requests: list[LeaseRequest]) -> list[LeaseGrant]:
+        slots = any(request.kind == "parallel" for request in requests)
         try:
-            grants: list[LeaseGrant] = await self._store.call("lease", requests, time.time())
+            # A sync on its way says how many slots are held here: asking for more must come after it.
+            async with self._lock if slots else contextlib.nullcontext():
+                grants: list[LeaseGrant] = await self._store.call("lease", requests, time.time())
         except StoreUnavailable as error:
             text = "The quota ledger does not answer. Retry after 2 s."
             raise ApiError(503, text, "store_unavailable", retry_after=2) from error

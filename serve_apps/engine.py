@@ -89,12 +89,18 @@ class Guard:
         return getattr(self._app, name)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(SECRET_HEADER, b""), self._secret):
+            if scope["type"] == "websocket":  # vLLM has such routes too
+                await send({"type": "websocket.close", "code": 1008})
+                return
             await send_error(send, ApiError(403, "This address is internal. Use the endpoint's /v1 routes.", "forbidden"))
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path.startswith(USAGE_PATH):

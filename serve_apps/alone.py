@@ -6,7 +6,6 @@ starts no engine. Several of them that are given the same store share keys and q
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import tempfile
@@ -60,6 +59,7 @@ def run(config: Config, engines: Engines, key: str, store_url: str | None = None
         store_url: See `cluster.store.Store`; default: a file that is removed at the end.
     """
     import uvicorn
+    import uvloop
 
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
@@ -75,7 +75,7 @@ def run(config: Config, engines: Engines, key: str, store_url: str | None = None
         settings = uvicorn.Config(
             gateway, host=node.host, port=node.port, access_log=False, log_level="warning", loop="uvloop", backlog=4096
         )
-        asyncio.run(Announcing(settings).serve())
+        uvloop.run(Announcing(settings).serve())
 
 
 @contextlib.contextmanager

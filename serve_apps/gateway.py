@@ -8,6 +8,7 @@ it the store, the replicas and the counts. Prompts and answers are never logged.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import time
@@ -33,6 +34,7 @@ from serve_apps.sync import StoreClient, Syncer
 from serve_apps.usage import cost_usd
 
 log = logging.getLogger(__name__)
+GC_THRESHOLD = 20_000
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -93,6 +95,10 @@ class Gateway:
             await self._sync.sync()
         except StoreUnavailable as error:
             log.warning("%s; keys come with the next sync", error)
+        # What exists now lives as long as the process; short-lived objects per chunk are freed by their reference counts.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_THRESHOLD)
         self._background(self._sync.run())
         self._background(self._fleet.run(self._refresh))
 

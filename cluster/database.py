@@ -18,7 +18,7 @@ from cluster.errors import StoreError
 
 def default_url(run_dir: str | Path) -> str:
     """SQLite in the run directory, as an absolute URL."""
-    return f"sqlite:///{Path(run_dir).resolve() / 'store.sqlite3'}"
+    return f"sqlite:///{Path(run_dir).resolve() / 'tidepool.db'}"
 
 
 def checked_url(url: str) -> URL:
@@ -39,7 +39,7 @@ def checked_url(url: str) -> URL:
         )
     if not parsed.database or not os.path.isabs(parsed.database):
         # A relative path would mean another file in each process, an empty one is memory, lost with the process.
-        raise StoreError(f"store.url: {url}: SQLite needs an absolute path, such as sqlite:////var/lib/tidepool/store.sqlite3")
+        raise StoreError(f"store.url: {url}: SQLite needs an absolute path, such as sqlite:////var/lib/tidepool/tidepool.db")
     return parsed
 
 

@@ -2,7 +2,7 @@
 
 `serve_config` gives the mapping that `serve deploy`, KubeRay's RayService and our `up` take as it is: one application for the
 gateway at `/`, one per model under `/engines/<id>`. `engine` and `gateway` are the import paths in it; Serve calls them on the
-cluster. Nothing secret is in that mapping.
+cluster. Nothing secret is in that mapping: a store's URL, which may hold a password, travels in TIDEPOOL_STORE_URL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def serve_config(config: Config) -> dict[str, Any]:
     gateway_args = {
         "gateway": config.gateway.model_dump(mode="json", exclude_defaults=True),
         "models": models,
-        "store_url": config.store.url,
     }
     applications: list[dict[str, Any]] = [
         {"name": "gateway", "route_prefix": "/", "import_path": "serve_apps.app:gateway", "args": gateway_args}
@@ -64,7 +63,7 @@ def engine(args: dict[str, Any]) -> serve.Application:
 
 
 def gateway(args: dict[str, Any]) -> serve.Application:
-    """Serve's builder of the gateway. `args`: `{"gateway": GatewayConfig, "models": [ModelConfig], "store_url": str | None}`."""
+    """Serve's builder of the gateway. `args`: `{"gateway": GatewayConfig, "models": [ModelConfig]}`."""
     from ray import serve
 
     config = GatewayConfig.model_validate(args.get("gateway", {}))
@@ -99,7 +98,7 @@ class GatewayServer:
         from serve_apps.replicas import RayReplicas
         from serve_apps.sync import ActorStore
 
-        url = self._args.get("store_url") or os.environ.get(STORE_URL) or default_url(ELSEWHERE)
+        url = os.environ.get(STORE_URL) or default_url(ELSEWHERE)
         actor = await asyncio.to_thread(store_actor.connect, url)
         self._gateway = Gateway(
             config=GatewayConfig.model_validate(self._args.get("gateway", {})),

@@ -183,7 +183,7 @@ class Gateway:
 
         def settle(outcome: Outcome) -> None:
             reservation.settle(outcome.tokens.total)
-            self._record(key, model, exchange.status, outcome, time.monotonic() - began)
+            self._record(key, model, outcome.status or exchange.status, outcome, time.monotonic() - began)
 
         stream = fields.get("stream") is True
         call = Call(exchange.path, body, content_type, fields, stream, float(estimate))

@@ -43,11 +43,12 @@ class Call:
 
 @dataclass
 class Outcome:
-    """How it went; filled in as it goes."""
+    """How it went; filled in as it goes. `status` is that of an error, 0 without one."""
 
     tokens: Tokens = field(default_factory=Tokens)
     ttft_s: float = 0.0
     error: bool = False
+    status: int = 0
 
 
 class ModelService:
@@ -112,7 +113,7 @@ class ModelService:
                     await self._send_stream(exchange, answer, outcome)
             self._settle(settle, outcome)
         except TimeoutError:
-            outcome.error = True
+            outcome.error, outcome.status = True, 504
             self._left(settle, outcome, used, engine_id)
             text = f"The generation took longer than {self.model.max_generation_s:.0f} s and was stopped."
             raise ApiError(504, text, "generation_timeout") from None
@@ -120,8 +121,8 @@ class ModelService:
             self._metrics.cancelled.labels(self.model.id).inc()
             self._left(settle, outcome, used, engine_id)
             raise
-        except ApiError:
-            outcome.error = True
+        except ApiError as error:
+            outcome.error, outcome.status = True, error.status
             self._settle(settle, outcome)
             raise
         finally:

@@ -25,6 +25,8 @@ from serve_apps.usage import UsageBook
 log = logging.getLogger(__name__)
 CALL_TIMEOUT_S = 10.0
 UNKNOWN_KEY_PAUSE_S = 0.2
+# A spent budget does not come back by itself: look again when somebody may have raised it.
+BUDGET_RETRY_S = 3600.0
 
 
 class StoreClient(Protocol):
@@ -129,7 +131,7 @@ class Syncer:
             return
         if self._spent.get(key.id, 0.0) + self.usage.pending_cost(key.id) >= key.budget_usd:
             text = f"The budget of this API key, {key.budget_usd:g} US dollars, is spent. Ask an administrator for more."
-            raise ApiError(429, text, "insufficient_quota")
+            raise ApiError(429, text, "insufficient_quota", retry_after=BUDGET_RETRY_S)
 
     async def store_call(self, method: str, *args: Any) -> Any:
         """A store method for an administrator; errors become HTTP answers."""

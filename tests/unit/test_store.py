@@ -71,7 +71,7 @@ def test_key_is_kept_and_only_its_hash(store: Store, store_url: str) -> None:
     again.close()
     if store_url.startswith("sqlite"):
         path = Path(store_url.removeprefix("sqlite:///"))
-        files = list(path.parent.glob("store.sqlite3*"))
+        files = list(path.parent.glob("tidepool.db*"))
         assert not any(secret.encode() in file.read_bytes() for file in files)
         assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
 
@@ -244,7 +244,7 @@ def test_a_database_that_is_away_hides_the_password() -> None:
 def test_default_url_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Store(default_url("run")).close()
-    assert (tmp_path / "run" / "store.sqlite3").exists()
+    assert (tmp_path / "run" / "tidepool.db").exists()
 
 
 WRITER = """

@@ -42,13 +42,15 @@ class _Account:
 class Reservation:
     """Room for one request. `settle` must be called once."""
 
-    def __init__(self, account: _Account, tokens: int) -> None:
+    def __init__(self, account: _Account, tokens: int, metered: bool) -> None:
         self._account = account
         self._tokens = tokens
+        self._metered = metered
 
     def settle(self, used_tokens: int) -> None:
         """The request is over and used this many tokens, prompt and completion together."""
-        self._account.tokens += self._tokens - used_tokens
+        if self._metered:
+            self._account.tokens += self._tokens - used_tokens
         self._account.in_use -= 1
 
 
@@ -88,7 +90,7 @@ class Quotas:
             account.tokens -= tokens
             account.in_use += 1
             account.last_used = self._clock()
-        return Reservation(account, tokens)
+        return Reservation(account, tokens, key.tpm is not None)
 
     def headers(self, key: KeyRecord) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*` response headers; empty for a key without limits."""

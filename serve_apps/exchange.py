@@ -57,7 +57,7 @@ class Exchange:
             ApiError: 413 over `limit` bytes, 408 when it takes longer than `timeout_s`, 415 when it is compressed.
             ClientGone: the client left while sending.
         """
-        if self.headers.get(b"content-encoding", b"identity") != b"identity":
+        if self.headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
             raise ApiError(415, "Compressed request bodies are not accepted; send it without Content-Encoding.", "encoding")
         too_large = ApiError(413, f"The request body is larger than {limit} bytes.", "request_too_large")
         length = self.headers.get(b"content-length", b"")

@@ -80,6 +80,7 @@ class Syncer:
         self._spent: dict[str, float] = {}
         self._synced = 0.0
         self._lock = asyncio.Lock()
+        self._next: asyncio.Task[bool] | None = None
         # What one sync carries stays together until it is acknowledged: the store knows a repeat by the batch's id.
         self._pending: tuple[str, list[UsageRow], list[LeaseRequest]] | None = None
 
@@ -95,6 +96,7 @@ class Syncer:
     async def sync(self) -> None:
         """One exchange with the store. Raises StoreUnavailable."""
         async with self._lock:
+            self._next = None  # who asks from here on needs a later one
             if self._pending is not None:
                 await self._exchange(*self._pending)
             self._pending = (uuid.uuid4().hex, self.usage.take(), self.quotas.due())
@@ -115,15 +117,24 @@ class Syncer:
         self._synced = time.monotonic()
 
     async def find_key(self, secret: str) -> KeyRecord:
-        """The live key with this secret; a key made a moment ago is asked for at once. Raises ApiError 401."""
-        if not self.keys.knows(secret) and time.monotonic() - self._synced > UNKNOWN_KEY_PAUSE_S:
-            try:
-                await self.sync()
-            except StoreUnavailable:
-                if self._revision < 0:
-                    text = "The key store is starting. Retry after 1 s."
-                    raise ApiError(503, text, "store_unavailable", retry_after=1) from None
+        """The live key with this secret; a key made a moment ago is found too. Raises ApiError 401."""
+        if not self.keys.knows(secret):
+            # One question for all who wait, and few in a second: clients that guess keys cost the store nothing.
+            if self._next is None:
+                self._next = asyncio.get_running_loop().create_task(self._sync_soon())
+            if not await asyncio.shield(self._next) and self._revision < 0:
+                text = "The key store is starting. Retry after 1 s."
+                raise ApiError(503, text, "store_unavailable", retry_after=1)
         return self.keys.find(secret, time.time())
+
+    async def _sync_soon(self) -> bool:
+        """A sync, a pause after the last one. Whether the store answered."""
+        await asyncio.sleep(self._synced + UNKNOWN_KEY_PAUSE_S - time.monotonic())
+        try:
+            await self.sync()
+        except StoreUnavailable:
+            return False
+        return True
 
     def check_budget(self, key: KeyRecord) -> None:
         """Raises ApiError 429 `insufficient_quota`, when the key's money is spent."""

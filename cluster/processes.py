@@ -76,13 +76,13 @@ def stop(
     """
     begun = time.monotonic()
     seen: set[tuple[int, int]] = set()
-    shared: set[str] = set()
+    shared: set[int] = set()
     while True:
         left = marked(run_dir)
         if not left:
             break
         for process in left:
-            shared |= _shared_memory(process.pid)
+            shared |= shared_memory(process.pid)
         elapsed = time.monotonic() - begun
         if elapsed > limit_s:
             names = ", ".join(f"{p.pid} ({p.title})" for p in left[:5])
@@ -133,33 +133,42 @@ def _send(process: Process, number: signal.Signals) -> None:
         return
 
 
-def _shared_memory(pid: int) -> set[str]:
-    """Files of /dev/shm that a process has mapped."""
-    try:
+def shared_memory(pid: int) -> set[int]:
+    """Inodes of the files in /dev/shm that a process has mapped or open.
+
+    Inodes, because a semaphore is mapped under a temporary name and linked to its own afterwards.
+    """
+    found: set[int] = set()
+    with suppress(OSError):
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    paths = (line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line)
-    return {path for path in paths if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}
+        found |= {int(line.split(maxsplit=5)[4]) for line in lines if " /dev/shm/" in line}
+    with suppress(OSError):
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(handle).startswith("/dev/shm/"):
+                    found.add(handle.stat().st_ino)
+    return found
 
 
-def _remove_shared(paths: set[str], since: float | None) -> None:
-    """Remove shared-memory files that no live process has mapped: `paths`, and what processes killed earlier left behind.
+def _remove_shared(inodes: set[int], since: float | None) -> None:
+    """Remove shared-memory files that no live process uses: `inodes`, and what processes killed earlier left behind.
 
-    The latter carry Python's names (`psm_`, `sem.mp-`), not ours. Unmapped, this user's, and made since the cluster started,
+    The latter carry Python's names (`psm_`, `sem.mp-`), not ours. Unused, this user's, and made since the cluster started,
     they are garbage, at worst that of another crashed program.
     """
-    left = {path for path in paths if os.path.exists(path)}
-    if since is not None:
-        for name in (*SHARED.glob("psm_*"), *SHARED.glob("sem.mp-*")):
-            with suppress(FileNotFoundError):
-                found = name.stat()
-                if found.st_uid == os.getuid() and found.st_ctime >= since:
-                    left.add(str(name))
+    left: dict[int, Path] = {}
+    for path in SHARED.iterdir():
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            known = since is not None and path.name.startswith(("psm_", "sem.mp-"))
+            if found.st_ino in inodes or (known and found.st_uid == os.getuid() and found.st_ctime >= (since or 0)):
+                left[found.st_ino] = path
     if not left:
         return
+    used: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            left -= _shared_memory(int(entry.name))
-    for path in left:
-        Path(path).unlink(missing_ok=True)
+            used |= shared_memory(int(entry.name))
+    for inode, path in left.items():
+        if inode not in used:
+            path.unlink(missing_ok=True)

@@ -103,7 +103,8 @@ def test_shared_memory_of_a_process_killed_before_goes_too(start, tmp_path):
     dead, alive = start(code), start(code)
     dead.kill()
     dead.wait()
-    kept = {path for path in set(processes.SHARED.iterdir()) - before if str(path) in processes._shared_memory(alive.pid)}
+    fresh = set(processes.SHARED.iterdir()) - before
+    kept = {path for path in fresh if path.stat().st_ino in processes.shared_memory(alive.pid)}
     assert len(kept) == 1
     processes.stop(tmp_path, since=since)
     assert kept <= set(processes.SHARED.iterdir())
@@ -111,6 +112,23 @@ def test_shared_memory_of_a_process_killed_before_goes_too(start, tmp_path):
     alive.wait()
     processes.stop(tmp_path, since=since)
     assert not kept & set(processes.SHARED.iterdir())
+
+
+def test_a_semaphore_in_use_stays_whoever_made_it(start, tmp_path):
+    code = (
+        "import multiprocessing, time; lock = multiprocessing.get_context('spawn').Lock(); "
+        "print('up', flush=True); time.sleep(60)"
+    )
+    since, before = time.time() - 1, set(processes.SHARED.iterdir())
+    other = start(code)
+    made = {path for path in set(processes.SHARED.iterdir()) - before if path.stat().st_ino in processes.shared_memory(other.pid)}
+    assert len(made) == 1
+    processes.stop(tmp_path, since=since)
+    assert made <= set(processes.SHARED.iterdir()), "a semaphore of a live process was removed"
+    other.kill()
+    other.wait()
+    processes.stop(tmp_path, since=since)
+    assert not made & set(processes.SHARED.iterdir())
 
 
 def test_a_recycled_pid_is_not_signalled(start, tmp_path):

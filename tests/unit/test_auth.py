@@ -36,7 +36,8 @@ def test_where_a_key_may_be(headers):
 
 
 @pytest.mark.parametrize(
-    "headers", [{}, {b"authorization": b"tp-secret"}, {b"authorization": b"Bearer"}, {b"x-api-key": b" "}, {b"api-key": b"tp-secret"}]
+    "headers",
+    [{}, {b"authorization": b"tp-secret"}, {b"authorization": b"Bearer"}, {b"x-api-key": b" "}, {b"api-key": b"tp-secret"}],
 )
 def test_no_key_is_401(headers):
     with pytest.raises(ApiError) as refused:

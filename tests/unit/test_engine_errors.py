@@ -60,6 +60,6 @@ def test_a_message_is_cut_and_nested_nonsense_is_no_crash():
 
 def test_what_the_client_sent_goes_back_to_it_and_into_no_log(caplog):
     caplog.set_level(0)
-    body = b'{"error":{"message":"1 validation error: {\'type\': \'list_type\', \'input\': \'my secret prompt\'}","param":null,"code":400}}'
-    assert "my secret prompt" in reshape(400, body).message
+    message = "1 validation error: {'type': 'list_type', 'input': 'my secret prompt'}"
+    assert reshape(400, json.dumps({"error": {"message": message, "param": None, "code": 400}}).encode()).message == message
     assert not caplog.records

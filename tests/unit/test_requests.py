@@ -101,7 +101,7 @@ def test_a_broken_form_is_400_or_has_no_model(body, content_type):
     try:
         assert "model" not in read(body, content_type)
     except ApiError as error:
-        assert (error.status, error.code) == (400, "invalid_form")  # noqa: PT017
+        assert (error.status, error.code) == (400, "invalid_form")
 
 
 def test_a_form_with_a_name_that_is_no_utf8():

@@ -40,7 +40,10 @@ def imported(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, f"line {node.lineno}: write imports from the root"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
             yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
@@ -119,5 +122,7 @@ def test_tests_wait_for_conditions():
 
 def test_the_root_holds_what_the_design_names():
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split() if not line.startswith("#")]
-    found = {path.name for path in ROOT.iterdir() if not any(fnmatch.fnmatch(path.name, pattern) for pattern in [".git", *ignored])}
+    found = {
+        path.name for path in ROOT.iterdir() if not any(fnmatch.fnmatch(path.name, pattern) for pattern in [".git", *ignored])
+    }
     assert found <= TOP_LEVEL, f"not part of the tree: {sorted(found - TOP_LEVEL)}"

@@ -1,0 +1,89 @@
+"""What `serve deploy` and KubeRay get: one gateway, one application per model, plain data, nothing secret."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import Config, GatewayConfig, ModelConfig, load, parse
+from serve_apps.__main__ import main
+from serve_apps.app import serve_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_one_gateway_and_one_application_per_model(path):
+    config = load(path)
+    applications = serve_config(config)["applications"]
+    assert [app["name"] for app in applications] == ["gateway", *(model.app_name for model in config.models)]
+    assert [app["route_prefix"] for app in applications] == ["/", *(f"/engines/{model.id}" for model in config.models)]
+    assert {app["import_path"] for app in applications[1:]} == {"serve_apps.app:engine"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ray_reads_it_and_our_builders_get_the_same_models_back(path):
+    from ray.serve.schema import ServeDeploySchema
+
+    config = load(path)
+    text = yaml.safe_dump(serve_config(config), sort_keys=False)
+    assert yaml.safe_load(text) == serve_config(config)
+    read = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    gateway, *engines = read.applications
+    assert GatewayConfig.model_validate(gateway.args["gateway"]) == config.gateway
+    assert tuple(ModelConfig.model_validate(model) for model in gateway.args["models"]) == config.models
+    assert tuple(ModelConfig.model_validate(engine.args["model"]) for engine in engines) == config.models
+    assert (read.http_options.host, read.http_options.port) == (config.node.host, config.node.port)
+
+
+SHARED = """
+models:
+  - {id: a, device: cpu, env: &env {A: "1"}, engine_kwargs: &kwargs {hf_overrides: {x: [1, 2]}}}
+  - {id: b, device: cpu, env: *env, engine_kwargs: *kwargs}
+"""
+
+
+def test_the_yaml_has_no_anchors_even_where_the_file_had():
+    text = yaml.safe_dump(serve_config(parse(yaml.safe_load(SHARED))), sort_keys=False)
+    assert "&" not in text and "*" not in text
+
+
+def secretive() -> Config:
+    return parse({"models": [{"id": "a", "device": "cpu"}], "store": {"url": "postgresql://user:hunter2@db/tidepool"}})
+
+
+def test_no_password_leaves_the_file():
+    assert "hunter2" not in json.dumps(serve_config(secretive()))
+
+
+def test_the_command_prints_it():
+    command = [sys.executable, "-m", "serve_apps", "build", str(ROOT / "configs/local-cpu.yaml"), "--set", "node.port=18080"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    printed = yaml.safe_load(done.stdout)
+    assert printed["http_options"]["port"] == 18080 and len(printed["applications"]) == 3 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["build", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
+        (["gateway", "--port", "26990", "--key", "k", "--engine", "a"], "--engine a: write it as"),
+        (["gateway", "--port", "26990", "--key", "k", "--engine", "a=ftp://x"], "--engine a=ftp://x: write it as"),
+        (["gateway", "--port", "26990", "--key", "k", "--engine", "a=http://x", "--alias", "b=c"], "--alias b=c: no --engine"),
+        (
+            ["gateway", "--port", "26990", "--key", "k", "--engine", "a=http://x", "--set", "replicass=2"],
+            "replicass: unknown key",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1

@@ -83,7 +83,7 @@ def test_a_polite_key_keeps_its_latency_beside_a_greedy_one(store):
         seen: Counter[int] = Counter()
         tasks = [asyncio.create_task(greedy(session, number, seen)) for number in range(GREEDY_STREAMS)]
         deadline = time.monotonic() + 30
-        while seen[200] < SLOTS:  # until the queues are full and the engine has given its first answers  # noqa: ASYNC110
+        while seen[200] < SLOTS:  # until the queues are full and the engine has given its first answers
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
         before = seen[200]

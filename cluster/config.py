@@ -69,7 +69,7 @@ class GatewayConfig(Section):
     retries: int = Field(2, ge=0, description="Other engine replicas tried when one dies before its first byte.")
     connect_timeout_s: float = Field(5.0, gt=0)
     body_timeout_s: float = Field(30.0, gt=0, description="A client has this long to send its body before a 408.")
-    sync_s: float = Field(0.5, gt=0, le=1.0, description="How often keys and usage are exchanged with the store.")
+    sync_s: float = Field(1.0, gt=0, le=1.0, description="How often keys and usage are exchanged with the store.")
     admission: AdmissionConfig = AdmissionConfig()
 
 
@@ -126,14 +126,14 @@ class ModelConfig(Section):
     routing: Literal["least_busy", "prefix_affinity"] = "least_busy"
     surge: bool = Field(True, description="A rollout starts new replicas before it stops old ones; needs free GPUs for both.")
     max_generation_s: float = Field(600.0, gt=0, description="Longest generation; a replica that stops waits this long for it.")
-    stall_timeout_s: float = Field(120.0, gt=0, description="Requests running and no token for this long: the replica is replaced.")
+    stall_timeout_s: float = Field(120.0, gt=0, description="Requests running, no token for this long: the replica is replaced.")
     price: Price = Price()
 
     @field_validator("id", "aliases")
     @classmethod
     def _named(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for name in (value,) if isinstance(value, str) else value:
-            if not MODEL_ID.match(name):
+            if not MODEL_ID.fullmatch(name):
                 raise ValueError(f"{name!r}: use letters, digits, '.', '_', '-' and at most one '/'")
         return value
 
@@ -233,7 +233,12 @@ def parse(data: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         lines = []
-        for item in error.errors(include_url=False):
+        items = error.errors(include_url=False)
+        inside = any(item["loc"][:1] == ("models",) and len(item["loc"]) > 1 for item in items)
+        for item in items:
+            # pydantic counts only the models without a mistake, and then finds too few of them.
+            if inside and item["loc"] == ("models",) and item["type"] == "too_short":
+                continue
             spot = ".".join(str(part) for part in item["loc"]) or "(top level)"
             text = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {spot}: {text}")

@@ -180,9 +180,6 @@ def _put(url: str, token: str, body: dict[str, Any]) -> Answer:
         time.sleep(0.3)
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that is not empty; empty when there is none."""
-    if not path.exists():
-        return ""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:400] if lines else ""
+def tail(path: Path, lines: int = 40) -> str:
+    """The end of a log; empty when there is none."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""

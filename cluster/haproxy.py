@@ -5,10 +5,16 @@ Ray renders the configuration and starts the binary named by `RAY_SERVE_HAPROXY_
 and the arguments are those that Ray expects. `harden` is the rewriting, a pure function.
 
 What changes: statistics and metrics listen on 127.0.0.1, the admin socket is its owner's only, nothing below `/-/` but the health
-check is answered, every error is JSON in the one wire shape with its own status, headers over 16 KiB are refused, a half-sent
-header is given up with a 408, and the per-request access log is off. Ports, backends and health checks stay as Ray writes them.
+check is answered, every error is JSON in the one wire shape with its own status, headers over 16 KiB, unknown methods and
+WebSockets are refused, headers that Serve would stumble over are dropped, a half-sent header is given up with a 408, and the
+per-request access log is off. A request that a gateway died with is sent to another (`RETRIED` routes only). Ports, backends and
+health checks stay as Ray writes them.
 Bytes that never become a request (not HTTP, half a header, headers over the buffer) get 400 or 408 with a page that is compiled
 into HAProxy's parser; no setting of 2.8 reaches it.
+
+Ray's manager of HAProxy can die too. Its HAProxy goes on serving, and the next manager's takes the sockets over from it; without
+that the next would fail with "cannot bind socket". A new manager first starts HAProxy with no backends at all: the last
+configuration that had some is served instead, so that clients see no gap.
 
 As a script this file imports the standard library only: it runs once per reload.
 """
@@ -17,6 +23,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -24,6 +31,9 @@ ERRORS_DIR_VARIABLE = "TIDEPOOL_HAPROXY_ERRORS"
 BINARY_VARIABLE = "TIDEPOOL_HAPROXY_BINARY"
 HEADER_TIMEOUT_S = 30
 HEADER_BYTES = 16384
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# Asking twice costs an answer, not a change: these may be sent again when a gateway dies before its first byte.
+RETRIED = ("chat/completions", "completions", "embeddings", "responses", "messages", "score", "rerank")
 ERRORS: dict[int, tuple[str, str, str]] = {
     400: ("Bad Request", "bad_request", "The request is not valid HTTP, or its headers are too large."),
     404: ("Not Found", "not_found", "There is nothing at this path."),
@@ -36,14 +46,29 @@ ERRORS: dict[int, tuple[str, str, str]] = {
 }
 
 
-_HEADERS_BODY = (
-    '{\\"error\\":{\\"message\\":\\"The request headers are too large.\\",\\"type\\":\\"invalid_request_error\\",'
-    '\\"param\\":null,\\"code\\":\\"headers_too_large\\"}}'
-)
-_HEADERS_RULE = (
-    f'    http-request return status 431 content-type application/json string "{_HEADERS_BODY}" '
-    f"if {{ req.hdrs,length gt {HEADER_BYTES} }}"
-)
+def _refuse(status: int, code: str, message: str, condition: str) -> str:
+    """A frontend rule: the one error shape with this status, for a request that meets the condition."""
+    body = f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":"{code}"}}}}'
+    escaped = body.replace('"', '\\"')
+    return f'    http-request return status {status} content-type application/json string "{escaped}" if {condition}'
+
+
+_PLAIN_TEXT = "{ res.hdr(content-type) -m beg text/plain }"
+_EDGE_RULES = [
+    _refuse(431, "headers_too_large", "The request headers are too large.", f"{{ req.hdrs,length gt {HEADER_BYTES} }}"),
+    _refuse(405, "method_not_allowed", "This HTTP method is not known here.", f"!{{ method {' '.join(METHODS)} }}"),
+    _refuse(400, "websocket_not_supported", "WebSockets are not supported.", "{ req.hdr(upgrade) -m str -i websocket }"),
+    # Serve decodes these headers before any code of ours runs, and answers 500 when their bytes are not UTF-8.
+    "    http-request del-header x-request-id if { req.hdr_cnt(x-request-id) gt 1 }",
+    "    http-request del-header x-request-id if !{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
+    "    http-request del-header ^x[-_]session[-_]id$ -m reg",
+    "    http-request del-header ^x-request-(timeout-seconds|disconnect-disabled)$ -m reg",
+    "    http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
+    # Errors of Serve and of its HTTP server are plain text.
+    *(f"    http-response return status {code} default-errorfiles if {{ status {code} }} {_PLAIN_TEXT}" for code in ERRORS),
+]
+
+_RETRY_RULE = f"    http-request disable-l7-retry if !{{ path {' '.join('/v1/' + route for route in RETRIED)} }}"
 
 
 def harden(text: str, errors_dir: str) -> str:
@@ -57,7 +82,7 @@ def harden(text: str, errors_dir: str) -> str:
     in_frontend = False
     for line in text.splitlines():
         words = line.split()
-        if words[:1] == ["errorfile"] or words[:2] == ["timeout", "http-request"] or line == _HEADERS_RULE:
+        if words[:1] == ["errorfile"] or words[:2] == ["timeout", "http-request"] or line in (*_EDGE_RULES, _RETRY_RULE):
             continue
         if words[:2] == ["log", "global"] or words[:2] == ["option", "httplog"]:
             if words[1] == "httplog":
@@ -65,6 +90,8 @@ def harden(text: str, errors_dir: str) -> str:
         elif words[:1] == ["log"] and "local0" in words:
             # Servers that go up or down stay in Ray's file of standard error; a line per request does not.
             line = "    log stderr local0 notice"
+        if words[:1] == ["retry-on"]:
+            line = "    retry-on conn-failure empty-response"
         line = re.sub(r"^(\s*stats socket \S+) mode \d+", r"\1 mode 600", line)
         line = _plain_text_to_error(line)
         out.append(line)
@@ -72,7 +99,7 @@ def harden(text: str, errors_dir: str) -> str:
             in_frontend = True
         elif in_frontend and words[:1] == ["bind"]:
             in_frontend = False
-            out.append(_HEADERS_RULE)
+            out += [*_EDGE_RULES, _RETRY_RULE]
         if words == ["defaults"]:
             out.append(f"    timeout http-request {HEADER_TIMEOUT_S}s")
             out += [f"    errorfile {status} {errors_dir}/{status}.http" for status in ERRORS]
@@ -145,15 +172,63 @@ def bundled_binary() -> Path:
     return binary
 
 
+def with_backends(text: str, kept: Path) -> str:
+    """The configuration to serve: `text`, or while it has no backends the last one that had some, which is kept at `kept`.
+
+    Before there ever were any, every path is answered with a 503, for the service is starting; Ray says 404.
+    """
+    if re.search(r"^\s*use_backend ", text, re.M):
+        if not kept.exists() or kept.read_text() != text:
+            kept.write_text(text)
+        return text
+    if kept.exists():
+        return kept.read_text()
+    nothing = "http-request return status {} default-errorfiles\n"
+    return text.replace(nothing.format(404), nothing.format(503))
+
+
+def take_over(config: Path, binary: str, proc: Path = Path("/proc")) -> list[str]:
+    """Arguments that make a new HAProxy take the sockets of one whose manager died; empty when there is none.
+
+    Args:
+        config: The configuration file; a process that was started with it is meant.
+        binary: The HAProxy executable.
+    """
+    stale = []
+    for entry in proc.iterdir():
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[0] == os.fsencode(binary) and os.fsencode(config) in words:
+                stale.append(entry.name)
+    if not stale:
+        return []
+    found = re.search(r"^\s*stats socket (\S+)", config.read_text(), re.M)
+    if found is None:
+        return ["-sf", *stale]
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(found[1])
+        except OSError:  # it is draining already and listens no more
+            return ["-sf", *stale]
+    return ["-x", found[1], "-sf", *stale]
+
+
 def main(arguments: list[str]) -> None:
     """Rewrite the file after `-f`, then become HAProxy."""
+    binary = os.environ[BINARY_VARIABLE]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
         text = path.read_text()
-        served = harden(text, os.environ[ERRORS_DIR_VARIABLE])
+        served = with_backends(harden(text, os.environ[ERRORS_DIR_VARIABLE]), path.with_name("last.cfg"))
         if served != text:
             path.write_text(served)
-    binary = os.environ[BINARY_VARIABLE]
+        if "-sf" not in arguments and "-c" not in arguments:
+            arguments = [*arguments, *take_over(path, binary)]
+        # Ray kills the process group of a worker that died: out of it, HAProxy goes on serving when its manager is killed.
+        os.setpgid(0, 0)
     os.execv(binary, [binary, *arguments])
 
 

@@ -231,7 +231,7 @@ def _run(command: list[str], environ: dict[str, str], session: Session, failed: 
         if process.returncode != 0:
             errors.write(printed.encode())
     if process.returncode != 0:
-        raise LaunchError(f"{failed}: {deploy.last_line(log) or 'no message'} (more in {log})")
+        raise LaunchError(f"{failed}: {deploy.cause({'message': deploy.tail(log)})} (more in {log})")
     return printed
 
 

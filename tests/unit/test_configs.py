@@ -55,6 +55,14 @@ def test_unknown_keys_are_refused_with_their_path():
     assert "file.yaml: nodes: unknown key" in str(caught.value)
 
 
+def test_a_model_with_a_mistake_is_still_a_model():
+    with pytest.raises(ConfigError) as caught:
+        parse({"models": [{"id": "m", "typo": 1}]})
+    assert str(caught.value) == "config: models.0.typo: unknown key"
+    with pytest.raises(ConfigError, match="models: Tuple should have at least 1 item"):
+        parse({"models": []})
+
+
 def test_set_overrides_values_and_makes_sections():
     path = ROOT / "configs" / "local-cpu.yaml"
     config = load(path, ["node.port=18000", "models.0.id=other", "models.0.engine_kwargs.max_num_seqs=4", "run_dir=/tmp/x"])

@@ -96,7 +96,8 @@ def test_hardening_twice_changes_nothing_more(rendered):
     once = haproxy.harden((rendered[0] / "haproxy.cfg").read_text(), "/errors")
     assert haproxy.harden(once, "/errors") == once
     assert once.count("timeout http-request") == 1
-    assert "text/plain" not in "".join(line for line in once.splitlines() if "status 5" in line or "status 404" in line)
+    returned = [line for line in once.splitlines() if "http-request return" in line]
+    assert "text/plain" not in "".join(line for line in returned if "status 5" in line or "status 404" in line)
 
 
 def test_the_wrapper_becomes_haproxy_with_the_same_pid_and_arguments(tmp_path):
@@ -164,3 +165,66 @@ def _read(client):
         if not chunk:
             return answer
         answer += chunk
+
+
+def test_no_backends_yet_is_a_503_and_later_the_last_ones_are_served(rendered, tmp_path):
+    text = haproxy.harden((rendered[0] / "haproxy.cfg").read_text(), "/errors")
+    empty = "\n".join(line for line in text.splitlines() if "use_backend" not in line) + "\n"
+    kept = tmp_path / "last.cfg"
+    first = haproxy.with_backends(empty, kept)
+    assert "status 503 default-errorfiles" in first.split("\nbackend default_backend")[1]
+    assert haproxy.with_backends(text, kept) == text
+    assert haproxy.with_backends(empty, kept) == text
+
+
+def test_generation_is_sent_again_and_nothing_else(rendered):
+    text = haproxy.harden((rendered[0] / "haproxy.cfg").read_text(), "/errors")
+    assert text.count("retry-on conn-failure empty-response") == 1
+    (rule,) = re.findall(r"disable-l7-retry if !\{ path (.*) \}", text)
+    assert "/v1/chat/completions" in rule.split() and "admin" not in rule
+
+
+def test_a_new_haproxy_takes_over_from_one_whose_manager_died(rendered, tmp_path):
+    port = free_port()
+    wrapper, config = tmp_path / "haproxy", tmp_path / "haproxy.cfg"
+    haproxy.write_wrapper(wrapper)
+    config.write_text(
+        f"global\n    stats socket {tmp_path}/admin.sock mode 600 level admin expose-fd listeners\n"
+        "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    use_backend x\nbackend x\n    http-request return status 200\n"
+    )
+    environ = {
+        **os.environ,
+        haproxy.BINARY_VARIABLE: str(haproxy.bundled_binary()),
+        haproxy.ERRORS_DIR_VARIABLE: str(rendered[0] / "errors"),
+    }
+    command = [wrapper, "-db", "-f", str(config), "-dR"]
+    first = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
+    _until_served(port)
+    assert os.getpgid(first.pid) == first.pid, "it would be killed with its manager's process group"
+    second = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
+    try:
+        statuses = set()
+        while first.poll() is None:
+            statuses.add(_until_served(port))
+        assert statuses == {200} == {_until_served(port)}
+        assert second.poll() is None
+    finally:
+        first.kill()
+        second.kill()
+        first.wait()
+        second.wait()
+
+
+def _until_served(port):
+    """Status of the first answer; connections are refused only before there is any HAProxy."""
+    deadline = time.monotonic() + 15
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().status
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+        finally:
+            connection.close()

@@ -331,8 +331,9 @@ def test_headers_that_serve_would_stumble_over(endpoint: Endpoint, name: str) ->
 
 @pytest.mark.parametrize("header", [
     ("x-tidepool-secret", "x"), ("x-tidepool-usage", "9 9 9"), ("x-serve-anything", "1"), ("x-forwarded-for", "1.2.3.4"),
-    ("expect", "nonsense"), ("x-data-parallel-rank", "99"), ("range", "bytes=0-1"), ("content-type", "application/xml"),
-    ("connection", "upgrade"), ("upgrade", "h2c"), ("x-request-timeout-seconds", "0.001"), ("x-request-disconnect-disabled", "?1"), ("content-encoding", "IDENTITY"),
+    ("expect", "nonsense"), ("x-data-parallel-rank", "99"), ("range", "bytes=0-1"),
+    ("connection", "upgrade"), ("upgrade", "h2c"),
+    ("x-request-timeout-seconds", "0.001"), ("x-request-disconnect-disabled", "?1"), ("content-encoding", "IDENTITY"),
 ], ids=lambda header: header[0])  # fmt: skip
 def test_headers_without_effect(endpoint: Endpoint, header: tuple[str, str]) -> None:
     answer = chat(endpoint.root, endpoint.api_key, WORD, headers=[header])
@@ -388,7 +389,6 @@ def test_half_open_requests_are_given_up(half_open: tuple[socket.socket, socket.
 
 
 def test_the_endpoint_made_no_error_of_its_own(endpoint: Endpoint) -> None:
-    """Every gateway's count of answers by status has nothing from 500 up."""
     for _ in range(8):
         for line in request(endpoint.root, "GET", "/metrics").body.decode().splitlines():
             assert not (line.startswith("tidepool_requests_total") and 'status="5' in line), line

@@ -51,15 +51,16 @@ def up(config: Config, config_path: Path, out: Say, overrides: Sequence[str] = (
     wrong = preflight.problems(config, session.run_dir)
     if wrong:
         raise LaunchError("cannot start:\n" + "\n".join(f"  {line}" for line in wrong))
+    run_id = uuid.uuid4().hex
     try:
         with _stop_signals():
-            _start(config, config_path, overrides, session, out, say)
+            _start(config, config_path, overrides, session, run_id, out, say)
     except KeyboardInterrupt:
         out("interrupted")
-        _clean(session, out)
+        _clean(session, run_id, out)
         return 130
     except LaunchError:
-        _clean(session, out)
+        _clean(session, run_id, out)
         raise
     return 0
 
@@ -105,10 +106,11 @@ def status(config: Config, out: Say) -> int:
     return 0 if answer.status == 200 else 1
 
 
-def _start(config: Config, config_path: Path, overrides: Sequence[str], session: Session, out: Say, say: Say) -> None:
+def _start(
+    config: Config, config_path: Path, overrides: Sequence[str], session: Session, run_id: str, out: Say, say: Say
+) -> None:
     """All steps of `up` after preflight."""
     session.prepare()
-    run_id = uuid.uuid4().hex
     environ = environment(config, session, run_id)
     state = {
         "run_id": run_id,
@@ -127,8 +129,14 @@ def _start(config: Config, config_path: Path, overrides: Sequence[str], session:
     say("starting the applications")
     serve_config = deploy.build(config_path, overrides, environ)
     token = session.token.read_text()
-    deploy.deploy(config, serve_config, token, say, session.logs)
-    deploy.wait_ready(_root(config), say, session.logs)
+
+    def told(text: str) -> None:
+        if (read_json(session.state) or {}).get("run_id") != run_id:
+            raise LaunchError("another command has stopped this cluster meanwhile")
+        say(text)
+
+    deploy.deploy(config, serve_config, token, told, session.logs)
+    deploy.wait_ready(_root(config), told, session.logs)
     endpoint = {
         "base_url": f"{_root(config)}/v1",
         "api_key": keys["api_key"],
@@ -297,8 +305,10 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _clean(session: Session, out: Say) -> None:
-    """`down` that a second Ctrl-C does not cut short."""
+def _clean(session: Session, run_id: str, out: Say) -> None:
+    """`down` that a second Ctrl-C does not cut short; a cluster that a later `up` started here is left alone."""
+    if (read_json(session.state) or {}).get("run_id", run_id) != run_id:
+        return
     old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         down(session, out)

@@ -19,6 +19,7 @@ from typing import Any
 
 from cluster import haproxy
 from cluster.config import Config
+from cluster.database import default_url
 from cluster.errors import LaunchError
 from cluster.preflight import free_port, is_loopback
 from cluster.processes import RUN_DIR, RUN_ID
@@ -111,7 +112,7 @@ def session_of(config: Config, run_dir: str | None = None) -> Session:
 
 def store_url(config: Config, session: Session) -> str:
     """SQLAlchemy URL of the store."""
-    return config.store.url or f"sqlite:///{session.run_dir / 'tidepool.db'}"
+    return config.store.url or default_url(session.run_dir)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -173,6 +174,10 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         # A log line per request to a Python reader; the gateway counts requests itself.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # Three missed checks in a row replace a proxy: with Serve's 10 s between them a dead HAProxy is half a minute of outage.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        # A replica that does not answer is not waited for: its requests would hold it for the longest generation.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # A reload must not cut the longest generation, and its port must not be given to another before that.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(hard_stop),
         "RAY_SERVE_PORT_QUARANTINE_S": str(hard_stop + 30),

@@ -211,19 +211,18 @@ class Store:
         requests: Sequence[LeaseRequest] = (),
         *,
         slot_ttl_s: float = 10.0,
-        call_id: str | None = None,
     ) -> SyncAnswer:
-        """All that a gateway needs each half second, in one transaction.
+        """All that a gateway needs each second, in one transaction.
 
         Records usage, keeps the gateway's unexpired slots for another `slot_ttl_s`, settles lease requests, and answers what
-        changed. A repeat with the same `batch_id` adds no usage again; `call_id` does the same for the leases, as in `lease`.
+        changed. A repeat with the same `batch_id` adds no usage and no lease again, and hears of the leases what the first heard.
         """
         now = self._clock()
         with self._begin() as session:
             # A sync with nothing to say writes nothing, so it costs no disk flush.
             if rows and self._first_time(session, batch_id, _BATCH_KEPT_S):
                 self._add_usage(session, rows)
-            grants = self._lease_once(session, requests, now, call_id)
+            grants = self._lease_once(session, requests, now, f"{batch_id}-leases")
             mine = (SlotRow.gateway_id == gateway_id) & (SlotRow.expires_at > now)
             session.execute(update(SlotRow).where(mine).values(expires_at=now + slot_ttl_s))
             slots = {key_id: count for key_id, count in session.execute(select(SlotRow.key_id, SlotRow.count).where(mine))}

@@ -92,7 +92,7 @@ class StoreActor:
         requests: Sequence[LeaseRequest] = (),
         slot_ttl_s: float = 10.0,
     ) -> SyncAnswer:
-        return self._store().sync(gateway_id, revision, batch_id, rows, requests, slot_ttl_s=slot_ttl_s, call_id=_call_id())
+        return self._store().sync(gateway_id, revision, batch_id, rows, requests, slot_ttl_s=slot_ttl_s)
 
 
 def connect(url: str) -> ActorHandle:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ from cluster.errors import ApiError
 from serve_apps import metering
 from serve_apps.wire import SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PATH, send_error
 
+log = logging.getLogger("ray.serve")
 HEALTH_PERIOD_S = 2.0
 CANCELLED_KEPT = 4096
 OURS = "tidepool"
@@ -52,7 +54,11 @@ class EngineServer(LLMServer):  # type: ignore[misc]  # ray is not typed
             from cluster.embedded import cache_dir
 
             source = str(await asyncio.to_thread(build_embedded, source, cache_dir()))
-        await super().__init__(engine_config(self._model, source))
+        config = engine_config(self._model, source)
+        if await asyncio.to_thread(os.path.isdir, source):
+            # Nothing to download: the task that would look for it on this node costs an import of vLLM.
+            config.get_or_create_callback().ctx.run_init_node = False
+        await super().__init__(config)
 
     async def __serve_build_asgi_app__(self) -> Any:
         app = await super().__serve_build_asgi_app__()
@@ -63,12 +69,21 @@ class EngineServer(LLMServer):  # type: ignore[misc]  # ray is not typed
     async def check_health(self) -> None:
         stalled = self._meter.stalled_for(time.monotonic())
         if stalled > self._model.stall_timeout_s:
-            raise RuntimeError(f"{self._meter.running} requests are running and no token came for {stalled:.0f} s")
+            _leave(f"{self._meter.running} requests are running and no token came for {stalled:.0f} s")
         if self._client is not None and self._client.errored:
-            # A dead engine core cannot come back inside this process, and Serve would ask three times before it replaces
-            # the replica: leave at once, so that the replacement starts now. `die_with_parent` takes the children along.
-            os.kill(os.getpid(), signal.SIGKILL)
+            _leave("the engine core is dead")
         await super().check_health()
+
+
+def _leave(why: str) -> None:
+    """End this replica now, so that its replacement starts now.
+
+    An engine that is dead or stuck does not come back inside this process. Told by an exception, Serve would ask three times and
+    then wait for requests that will never end. `die_with_parent` takes the engine's processes along, stopped ones too.
+    """
+    log.error("this replica leaves: %s", why)
+    logging.shutdown()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Guard:
@@ -112,7 +127,7 @@ class Guard:
         tally = metering.Tally()
         self._open[request_id] = tally
         token = metering.current.set(tally)
-        streaming = done = False
+        streaming = done = left = False
 
         async def counted_send(message: Any) -> None:
             nonlocal streaming, done
@@ -127,12 +142,18 @@ class Guard:
                     message = {"type": "http.response.body", "body": line, "more_body": False}
             await send(message)
 
+        async def watched_receive() -> Any:
+            nonlocal left
+            message = await receive()
+            left = left or (message["type"] == "http.disconnect" and not done)
+            return message
+
         try:
-            await self._app(scope, receive, counted_send)
+            await self._app(scope, watched_receive, counted_send)
         finally:
             metering.current.reset(token)
             self._open.pop(request_id, None)
-            if not done:
+            if left or not done:
                 self._cancelled[request_id] = tally
                 while len(self._cancelled) > CANCELLED_KEPT:
                     self._cancelled.popitem(last=False)

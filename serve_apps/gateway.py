@@ -35,6 +35,7 @@ from serve_apps.usage import cost_usd
 
 log = logging.getLogger(__name__)
 GC_THRESHOLD = 20_000
+STOP_S = 3.0
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -99,14 +100,14 @@ class Gateway:
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
-        self._background(self._sync.run())
-        self._background(self._fleet.run(self._refresh))
+        self._loops = [asyncio.create_task(self._sync.run()), asyncio.create_task(self._fleet.run(self._refresh))]
 
     async def stop(self) -> None:
         """End the background tasks, deliver the last usage, close connections."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for loop in self._loops:
+            loop.cancel()
+        # What is left asks engines about cancelled requests.
+        await asyncio.wait([*self._tasks, *self._loops], timeout=STOP_S)
         try:
             await self._sync.sync()
         except StoreUnavailable as error:

@@ -94,7 +94,8 @@ class Relay:
     """One gateway's connections to all engines. Must be made inside the event loop."""
 
     def __init__(self, secret: str, connect_timeout_s: float) -> None:
-        self._secret = {SECRET_HEADER.decode(): secret}
+        # Serve would cancel the engine's handler when we leave; vLLM stops a generation for good only when it sees that itself.
+        self._secret = {SECRET_HEADER.decode(): secret, "X-Request-Disconnect-Disabled": "?1"}
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
@@ -142,6 +143,7 @@ class Relay:
         """What a request that we left had used, once the engine has stopped it; nothing if the engine cannot say."""
         url = endpoint.url + USAGE_PATH + request_id
         for _ in range(CANCELLED_TRIES):
+            await asyncio.sleep(CANCELLED_PAUSE_S)  # the engine needs a moment to see that we left
             try:
                 async with self._session.get(url, headers=self._secret) as response:
                     if response.status == 200:
@@ -150,5 +152,4 @@ class Relay:
                         break
             except (aiohttp.ClientError, OSError):
                 break
-            await asyncio.sleep(CANCELLED_PAUSE_S)
         return Tokens()

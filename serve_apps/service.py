@@ -43,12 +43,13 @@ class Call:
 
 @dataclass
 class Outcome:
-    """How it went; filled in as it goes. `status` is that of an error, 0 without one."""
+    """How it went; filled in as it goes. `status` is that of an error, else 0; `settled` once that is done or under way."""
 
     tokens: Tokens = field(default_factory=Tokens)
     ttft_s: float = 0.0
     error: bool = False
     status: int = 0
+    settled: bool = False
 
 
 class ModelService:
@@ -111,7 +112,6 @@ class ModelService:
             else:
                 async with asyncio.timeout(self.model.max_generation_s):
                     await self._send_stream(exchange, answer, outcome)
-            self._settle(settle, outcome)
         except TimeoutError:
             outcome.error, outcome.status = True, 504
             self._left(settle, outcome, used, engine_id)
@@ -123,9 +123,10 @@ class ModelService:
             raise
         except ApiError as error:
             outcome.error, outcome.status = True, error.status
-            self._settle(settle, outcome)
             raise
         finally:
+            if not outcome.settled:
+                self._settle(settle, outcome)
             for endpoint in used:
                 self._replicas.release(endpoint)
             if entered:
@@ -153,14 +154,18 @@ class ModelService:
         if not call.stream:
             return await step
         task = asyncio.ensure_future(step)
+        handed_on = False
         try:
             while not (await asyncio.wait({task}, timeout=self._keepalive_s))[0]:
                 if not exchange.started:
                     await exchange.start(200, SSE_HEADERS)
                 await exchange.write(KEEPALIVE)
+            handed_on = True
             return task.result()
         finally:
-            task.cancel()
+            if not handed_on:
+                task.cancel()
+                task.add_done_callback(_discard)
 
     async def _open(self, call: Call, engine_id: str, used: list[Endpoint]) -> Whole | Stream:
         """Send the call to a replica, and to another while one dies before its first byte."""
@@ -184,6 +189,10 @@ class ModelService:
         raise ApiError(503, f"The model {self.model.id!r} failed to answer. Retry after 2 s.", "engine_failed", retry_after=2)
 
     async def _send_whole(self, exchange: Exchange, answer: Whole, outcome: Outcome) -> None:
+        if answer.status in (401, 403):  # it refused the gateway, not the client
+            log.error("an engine of %s does not know the cluster's secret", self.model.id)
+            text = f"The model {self.model.id!r} cannot be reached. Retry after 2 s."
+            raise ApiError(503, text, "engine_failed", retry_after=2)
         if answer.status >= 400:
             raise reshape(answer.status, answer.body)
         outcome.tokens = answer.tokens
@@ -211,6 +220,7 @@ class ModelService:
             stream.close()
 
     def _settle(self, settle: Callable[[Outcome], None], outcome: Outcome) -> None:
+        outcome.settled = True
         if outcome.tokens.total:
             self.last_token = time.time()
         settle(outcome)
@@ -223,7 +233,16 @@ class ModelService:
                 outcome.tokens = await self._relay.cancelled_tokens(used[-1], f"{engine_id}-{len(used) - 1}")
             self._settle(settle, outcome)
 
+        outcome.settled = True
         self._background(ask())
+
+
+def _discard(task: asyncio.Future[Whole | Stream]) -> None:
+    """Nobody waits for this answer any more: let go of its connection, so that the engine stops."""
+    if not task.cancelled() and task.exception() is None:
+        answer = task.result()
+        if isinstance(answer, Stream):
+            answer.close()
 
 
 _PROBES = {

@@ -1,4 +1,4 @@
-"""Keeps a gateway and the store in step: keys and spending come in, usage and leases go out, twice a second.
+"""Keeps a gateway and the store in step: keys and spending come in, usage and leases go out, once a second.
 
 One `sync` call carries all of it. When the store is away (it restarts by itself) the gateway goes on with the keys and leases
 it has, and what it could not deliver waits. `ActorStore` reaches the cluster's store actor, `LocalStore` a Store in this process
@@ -109,7 +109,8 @@ class Syncer:
         answer: SyncAnswer = await self._store.call("sync", self.gateway_id, self._revision, batch, rows, requests)
         self._pending = None
         self.usage.delivered()
-        self.quotas.take(answer.grants)
+        slots = any(request.kind == "parallel" for request in requests)
+        self.quotas.take([grant for grant in answer.grants if slots or grant.kind != "parallel"])
         if answer.keys is not None:
             self.keys.replace(answer.keys)
         self._revision = answer.revision

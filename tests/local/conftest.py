@@ -56,6 +56,12 @@ def read_endpoint(file: Path) -> Endpoint:
     return Endpoint(data["base_url"], data["api_key"], data["admin_key"], data["models"], file.parent.resolve())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with clusters of their own run before the shared one is up, those that kill its processes after all others."""
+    turn = {"test_lifecycle": 0, "test_chaos": 2}
+    items.sort(key=lambda item: turn.get(item.path.stem, 1))
+
+
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[Endpoint]:
     given = os.environ.get("TIDEPOOL_TEST_ENDPOINT")

@@ -1,5 +1,4 @@
 """What a hostile or broken client sends gets the right 4xx in the one error shape, and the engine goes on serving.
-
 After every case one good request must be answered. `WORD` is in every prompt, good or bad: at the end no log file may have it.
 """
 

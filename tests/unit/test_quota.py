@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import tempfile
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class World:
 
     def sync(self) -> None:
         for name, quotas in self.gateways.items():
-            quotas.take(self.store.sync(name, 0, f"{name}-{self.now}", [], quotas.due()).grants)
+            quotas.take(self.store.sync(name, 0, uuid.uuid4().hex, [], quotas.due()).grants)
 
     def left(self, key: KeyRecord, kind: str) -> int:
         grant = self.store.lease([LeaseRequest(key_id=key.id, kind=kind)], self.now)[0]  # type: ignore[arg-type]

@@ -95,10 +95,11 @@ def deploy(config: Config, serve_config: dict[str, Any], token: str, say: Say, l
     told: dict[str, str] = {}
     deadline = time.monotonic() + DEPLOY_LIMIT_S
     while time.monotonic() < deadline:
-        apps = call(url, token=token).json().get("applications", {})
+        answer = call(url, token=token)
+        apps = answer.json().get("applications", {})
         for name in wanted:
             app = apps.get(name, {})
-            state = describe(app)
+            state = describe(app) if answer.status == 200 else "the dashboard does not answer"
             if told.get(name) != state:
                 told[name] = state
                 say(f"{name}: {state}")

@@ -90,6 +90,8 @@ def harden(text: str, errors_dir: str) -> str:
         elif words[:1] == ["log"] and "local0" in words:
             # Servers that go up or down stay in Ray's file of standard error; a line per request does not.
             line = "    log stderr local0 notice"
+        if words[:1] == ["option"] and words[1].startswith("splice-"):
+            continue  # pipes cost more than they save for chunks of a few hundred bytes
         if words[:1] == ["retry-on"]:
             line = "    retry-on conn-failure empty-response"
         line = re.sub(r"^(\s*stats socket \S+) mode \d+", r"\1 mode 600", line)

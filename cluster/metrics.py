@@ -17,6 +17,7 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
+        self._series: dict[str, tuple[list[Counter], Histogram, Histogram]] = {}
         self.requests = Counter("tidepool_requests", "Answered requests.", ["model", "status"], registry=registry)
         self.tokens = Counter("tidepool_tokens", "Tokens, as the engine counted them.", ["model", "kind"], registry=registry)
         self.ttft = Histogram(
@@ -30,6 +31,19 @@ class GatewayMetrics:
         self.replicas = Gauge("tidepool_engine_replicas", "Running engine replicas.", ["model"], registry=registry)
         self.retries = Counter("tidepool_retries", "Requests sent to another replica.", ["model"], registry=registry)
         self.cancelled = Counter("tidepool_cancelled_requests", "Requests whose client left.", ["model"], registry=registry)
+
+    def count(self, model: str, status: int, tokens: tuple[int, int, int], latency_s: float, ttft_s: float) -> None:
+        """One request is over. `tokens`: prompt, completion, cached; `ttft_s` 0 when there was no first byte."""
+        series = self._series.get(model)
+        if series is None:
+            kinds = [self.tokens.labels(model, kind) for kind in ("prompt", "completion", "cached")]
+            series = self._series[model] = (kinds, self.latency.labels(model), self.ttft.labels(model))
+        self.requests.labels(model, str(status)).inc()
+        for counter, amount in zip(series[0], tokens, strict=True):
+            counter.inc(amount)
+        series[1].observe(latency_s)
+        if ttft_s:
+            series[2].observe(ttft_s)
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""

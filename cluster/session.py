@@ -154,6 +154,9 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Serve looks at everything ten times a second and exports metrics as often: a tenth of a core on a machine with two.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         # The last port of the range is the fallback proxy's.
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last - 1),

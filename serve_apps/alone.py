@@ -41,7 +41,7 @@ class Engines:
 def make(config: Config, engines: Engines, store: Store) -> Gateway:
     """A gateway over these engines; `config` names the same models."""
 
-    async def count() -> Counts:
+    def count() -> Counts:
         return {"gateway": engines.gateways, **{model.app_name: len(engines.urls[model.id]) for model in config.models}}
 
     def replicas(model: ModelConfig) -> FixedReplicas:

@@ -68,9 +68,11 @@ def gateway(args: dict[str, Any]) -> serve.Application:
 
     config = GatewayConfig.model_validate(args.get("gateway", {}))
     longest = max(ModelConfig.model_validate(model).max_generation_s for model in args["models"])
+    from serve_apps.fleet import GATEWAY_DEPLOYMENT
+
     deployment = serve.deployment(
         serve.ingress()(GatewayServer),
-        name="Gateway",
+        name=GATEWAY_DEPLOYMENT,
         num_replicas=config.replicas,
         max_ongoing_requests=GATEWAY_MAX_ONGOING,
         health_check_period_s=GATEWAY_HEALTH_PERIOD_S,
@@ -100,13 +102,14 @@ class GatewayServer:
 
         url = os.environ.get(STORE_URL) or default_url(ELSEWHERE)
         actor = await asyncio.to_thread(store_actor.connect, url)
+        models = [ModelConfig.model_validate(model) for model in self._args["models"]]
         self._gateway = Gateway(
             config=GatewayConfig.model_validate(self._args.get("gateway", {})),
-            models=[ModelConfig.model_validate(model) for model in self._args["models"]],
+            models=models,
             replicas=RayReplicas,
             store=ActorStore(actor),
             secret=await actor.internal_secret.remote(),
-            fleet=Fleet(serve_counts),
+            fleet=Fleet(serve_counts(models)),
             echo_request_id=False,
         )
         await self._gateway.start()

@@ -29,6 +29,7 @@ from cluster import store_actor
 from cluster.config import EMBEDDED_PREFIX, ModelConfig
 from cluster.errors import ApiError
 from serve_apps import metering
+from serve_apps.lifeline import CPU_NICE, NICE_VARIABLE
 from serve_apps.wire import SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PATH, send_error
 
 log = logging.getLogger("ray.serve")
@@ -79,7 +80,7 @@ def _leave(why: str) -> None:
     """End this replica now, so that its replacement starts now.
 
     An engine that is dead or stuck does not come back inside this process. Told by an exception, Serve would ask three times and
-    then wait for requests that will never end. `die_with_parent` takes the engine's processes along, stopped ones too.
+    then wait for requests that will never end. The lifeline takes the engine's processes along, stopped ones too.
     """
     log.error("this replica leaves: %s", why)
     logging.shutdown()
@@ -206,6 +207,7 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
     if model.routing == "prefix_affinity":
         deployment["request_router_config"] = RequestRouterConfig(request_router_class=PrefixCacheAffinityRouter)
     options: dict[str, Any] = {}
+    gives_way = {NICE_VARIABLE: str(CPU_NICE)} if model.device == "cpu" else {}
     if model.device == "cpu":
         options["accelerator_config"] = {"kind": "cpu"}
         options["placement_group_config"] = {"bundles": [{"CPU": 0.01}]}
@@ -215,7 +217,7 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
         model_loading_config={"model_id": model.id, "model_source": source},
         engine_kwargs=kwargs,
         deployment_config=deployment,
-        runtime_env={"env_vars": dict(model.env)},
+        runtime_env={"env_vars": {**gives_way, **model.env}},
         log_engine_metrics=False,
         server_cls=EngineServer,
         experimental_configs={OURS: model.model_dump(mode="json")},

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable
 
 from cluster.config import ModelConfig
 
 log = logging.getLogger(__name__)
 PERIOD_S = 2.0
 GATEWAY_APP = "gateway"
+GATEWAY_DEPLOYMENT = "Gateway"
 
 Counts = dict[str, int]
 
@@ -22,7 +23,7 @@ Counts = dict[str, int]
 class Fleet:
     """Running replicas by Serve application; 1 each until they are known."""
 
-    def __init__(self, count: Callable[[], Awaitable[Counts]], gateways: int = 1) -> None:
+    def __init__(self, count: Callable[[], Counts], gateways: int = 1) -> None:
         self._count = count
         self._counts: Counts = {GATEWAY_APP: gateways}
 
@@ -39,29 +40,23 @@ class Fleet:
     async def run(self, changed: Callable[[], None]) -> None:
         """Look until cancelled; `changed` is called when numbers are new."""
         while True:
-            counts = await self._count()
-            if counts and counts != self._counts:
+            counts = self._count()
+            if counts != self._counts:
                 self._counts = counts
                 changed()
             await asyncio.sleep(PERIOD_S)
 
 
-async def serve_counts() -> Counts:
-    """Running replicas of every Serve application's ingress; empty while the controller is away."""
-    return await asyncio.to_thread(_serve_counts)
+def serve_counts(models: Iterable[ModelConfig]) -> Callable[[], Counts]:
+    """Counts running replicas of these models' engines and of the gateway, from what Serve keeps telling this process."""
+    from serve_apps.replicas import Deployment
 
+    known = {
+        model.app_name: Deployment("EngineServer:" + model.app_name.removeprefix("engine-"), model.app_name) for model in models
+    }
+    known[GATEWAY_APP] = Deployment(GATEWAY_DEPLOYMENT, GATEWAY_APP)
 
-def _serve_counts() -> Counts:
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
+    def count() -> Counts:
+        return {name: len(deployment.running()) for name, deployment in known.items()}
 
-    try:
-        status = serve.status()
-    except (RayError, RayServeException, TimeoutError) as error:
-        log.warning("Serve's controller does not answer: %s", type(error).__name__)
-        return {}
-    counts: Counts = {}
-    for name, app in status.applications.items():
-        counts[name] = sum(deployment.replica_states.get("RUNNING", 0) for deployment in app.deployments.values())
-    return counts
+    return count

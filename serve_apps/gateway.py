@@ -225,14 +225,7 @@ class Gateway:
         tokens = outcome.tokens
         cost = cost_usd(model.price, tokens)
         self._sync.usage.add(key.id, model.id, time.time(), tokens, cost, latency_s, outcome.ttft_s, outcome.error)
-        metrics = self.metrics
-        metrics.requests.labels(model.id, str(status or 499)).inc()
-        metrics.tokens.labels(model.id, "prompt").inc(tokens.prompt)
-        metrics.tokens.labels(model.id, "completion").inc(tokens.completion)
-        metrics.tokens.labels(model.id, "cached").inc(tokens.cached)
-        metrics.latency.labels(model.id).observe(latency_s)
-        if outcome.ttft_s:
-            metrics.ttft.labels(model.id).observe(outcome.ttft_s)
+        self.metrics.count(model.id, status or 499, (tokens.prompt, tokens.completion, tokens.cached), latency_s, outcome.ttft_s)
 
     async def _list_models(self, exchange: Exchange, key: KeyRecord) -> None:
         if exchange.method != "GET":

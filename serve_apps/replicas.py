@@ -1,27 +1,34 @@
 """Where a model's engine replicas are: the one file that reaches into Ray Serve, and why.
 
-The gateway asks Serve's own request router (random pairs, prefix affinity, whatever the model's deployment is configured with)
-for a replica and then talks HTTP to it directly: no second proxy hop, no router process, no actor call per request. Ray's own
-ingress for direct streaming does the same, but in a process of its own that HAProxy calls per request; that call costs about
-1.5 ms of CPU, a proxy hop about 40 µs per chunk. `DeploymentHandle.choose_replica` is public; that it may skip reserving a
-slot (`_reserve=False`) and the replica's HTTP address (`ReplicaSelection._replica.backend_http_endpoint`) are not.
+The gateway talks HTTP to the engine replicas directly: no second proxy hop, no router process, no actor call per request. Ray's
+own ingress for direct streaming picks a replica in a process of its own that HAProxy calls per request; that call costs about
+1.5 ms of CPU, a proxy hop about 40 µs per chunk. Serve keeps every deployment handle up to date about the running replicas; this
+file reads them from the handle's router (`_router._asyncio_router.request_router.curr_replicas`), with their HTTP addresses
+(`backend_http_endpoint`). A model that sleeps, and one with prefix affinity, is asked for with the public
+`DeploymentHandle.choose_replica`, which wakes the one and knows the other's caches.
 
-`RayReplicas` is for the cluster, `FixedReplicas` for a gateway that runs alone (bench, tests). Both are used by `relay.py`.
+`RayReplicas` is for the cluster, `FixedReplicas` for a gateway that runs alone (bench, tests). `fleet.py`
+counts replicas with `Deployment`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 from cluster.config import ModelConfig
 
+log = logging.getLogger(__name__)
 AVOID_S = 5.0
 RETRY_S = 0.1
-AWAKE_S = 0.25
+AWAKE_S = 1.0
+UNKNOWN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,65 +59,95 @@ class RayReplicas:
     """Replicas of a model's Serve application."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self._app_name = model.app_name
-        self._deployment = "EngineServer:" + model.app_name.removeprefix("engine-")
-        self._handle: Any = None
+        self._deployment = Deployment("EngineServer:" + model.app_name.removeprefix("engine-"), model.app_name)
         self._path = model.path
         self._by_body = model.routing == "prefix_affinity"
         self._avoided: dict[str, float] = {}
-        self._busy: dict[str, int] = {}
+        self._busy: Counter[str] = Counter()
 
     async def pick(self, body: dict[str, Any]) -> Endpoint:
-        """Serve's router names one; the less busy of two (as this gateway sees it) where the router itself picks at random."""
-        chosen = await self._ask(body)
-        if not self._by_body and len(self._busy) > 1 and self._busy.get(chosen.id, 0):
-            other = await self._ask(body)
-            if self._busy.get(other.id, 0) < self._busy[chosen.id]:
-                chosen = other
-        self._busy[chosen.id] = self._busy.get(chosen.id, 0) + 1
+        """The least busy replica, as this gateway sees it; or the one that Serve's prefix-aware router names."""
+        chosen = None if self._by_body else self._least_busy()
+        if chosen is None:
+            chosen = await self._ask(body)
+        self._busy[chosen.id] += 1
         return chosen
 
     def release(self, endpoint: Endpoint) -> None:
-        if endpoint.id in self._busy:
-            self._busy[endpoint.id] -= 1
+        self._busy[endpoint.id] -= 1
+        if self._busy[endpoint.id] <= 0:
+            del self._busy[endpoint.id]
+
+    def avoid(self, endpoint: Endpoint) -> None:
+        now = time.monotonic()
+        self._avoided = {name: until for name, until in self._avoided.items() if until > now}
+        self._avoided[endpoint.id] = now + AVOID_S
+
+    def _usable(self, endpoint: Endpoint) -> bool:
+        return self._avoided.get(endpoint.id, 0.0) < time.monotonic()
+
+    def _endpoint(self, name: str, address: tuple[str, int]) -> Endpoint:
+        return Endpoint(name, f"http://{address[0]}:{address[1]}{self._path}")
+
+    def _least_busy(self) -> Endpoint | None:
+        found = [self._endpoint(name, address) for name, address in self._deployment.running().items()]
+        usable = [endpoint for endpoint in found if self._usable(endpoint)]
+        random.shuffle(usable)
+        return min(usable, key=lambda endpoint: self._busy[endpoint.id], default=None)
 
     async def _ask(self, body: dict[str, Any]) -> Endpoint:
+        """Serve's router names one; while there is none, the request counts as demand and wakes the model."""
         from ray.serve.exceptions import DeploymentUnavailableError
 
         # A body-aware router reads the request's fields as attributes of the first argument.
         args = (SimpleNamespace(**body),) if self._by_body and (body.get("messages") or body.get("prompt")) else ()
         while True:
             try:
-                async with asyncio.timeout(AWAKE_S):
-                    endpoint = await self._choose(args, reserve=False)
-            except TimeoutError:
-                # Nobody is there. A reservation that waits is what Serve counts as demand: it wakes the model.
-                endpoint = await self._choose(args, reserve=True)
-            except (DeploymentUnavailableError, KeyError):  # failed to start, or not deployed yet
-                endpoint = None
-            if endpoint is not None and self._avoided.get(endpoint.id, 0.0) < time.monotonic():
-                return endpoint
+                # A reservation that waits is what Serve counts as demand; where somebody is running, none is needed.
+                asleep = not self._deployment.running()
+                async with asyncio.timeout(None if asleep else AWAKE_S):
+                    async with self._deployment.handle().choose_replica(*args, _reserve=asleep) as selection:
+                        name, address = selection.replica_id, selection._replica.backend_http_endpoint
+                if address is not None and self._usable(endpoint := self._endpoint(name, address)):
+                    return endpoint
+            except (DeploymentUnavailableError, KeyError, TimeoutError) as error:
+                log.debug("%s: no replica yet: %r", self._path, error)
             await asyncio.sleep(RETRY_S)
 
-    async def _choose(self, args: tuple[Any, ...], reserve: bool) -> Endpoint | None:
-        async with self._found().choose_replica(*args, _reserve=reserve) as selection:
-            address = selection._replica.backend_http_endpoint
-            name = selection.replica_id
-        return Endpoint(name, f"http://{address[0]}:{address[1]}{self._path}") if address else None
 
-    def _found(self) -> Any:
+class Deployment:
+    """A Serve deployment as its handle in this process knows it: kept up to date by Serve, read without a call."""
+
+    def __init__(self, name: str, app_name: str) -> None:
+        self._name = name
+        self._app_name = app_name
+        self._handle: Any = None
+        self._ask_at = 0.0
+
+    def handle(self) -> Any:
         """The deployment's handle. Raises KeyError while Serve does not know the deployment."""
         from ray import serve
 
         if self._handle is None:
-            self._handle = serve.get_deployment_handle(self._deployment, app_name=self._app_name)
+            if time.monotonic() < self._ask_at:
+                raise KeyError(self._name)
+            self._ask_at = time.monotonic() + UNKNOWN_S
+            handle = serve.get_deployment_handle(self._name, app_name=self._app_name)
+            if not handle.is_initialized:
+                handle._init()
+            self._handle = handle
         return self._handle
 
-    def avoid(self, endpoint: Endpoint) -> None:
-        now = time.monotonic()
-        self._avoided = {name: until for name, until in self._avoided.items() if until > now}
-        self._avoided[endpoint.id] = now + AVOID_S
-        self._busy.pop(endpoint.id, None)
+    def running(self) -> dict[str, tuple[str, int]]:
+        """Host and port of the HTTP server of each running replica, by its id; empty while none is known."""
+        try:
+            router = self.handle()._router._asyncio_router.request_router
+        except KeyError:
+            return {}
+        if router is None:
+            return {}
+        found = {replica.replica_id.unique_id: replica.backend_http_endpoint for replica in router.curr_replicas.values()}
+        return {name: address for name, address in found.items() if address is not None}
 
 
 class FixedReplicas:

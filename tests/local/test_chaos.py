@@ -30,9 +30,7 @@ MOST_FAILED = {"manager": 0, "fallback": 0, "controller": 0, "store": 0} | dict.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["gateway", "manager", "haproxy", "fallback", "store", "controller", "worker", "core", "replica"]
-)
+@pytest.mark.parametrize("kind", ["gateway", "manager", "haproxy", "fallback", "store", "controller", "core", "replica"])
 def test_kill_9(endpoint: Endpoint, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = _settled(endpoint)
     (victim, *_) = before[kind]

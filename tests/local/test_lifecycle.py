@@ -78,8 +78,8 @@ class Machine:
         self.ports |= listening(process.pid for process in marked(self.run_dir))
         return process.returncode, output
 
-    def up(self) -> str:
-        status, output = self.run("up")
+    def up(self, *extra: str) -> str:
+        status, output = self.run("up", *extra)
         assert status == 0, output
         return output
 
@@ -183,8 +183,8 @@ def test_cycle_4_driver_raylet_and_gcs_are_killed(machine: Machine) -> None:
 
 
 @pytest.mark.slow
-def test_cycle_5_plain_with_everything_cached(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    _show(capsys, machine.up())
+def test_cycle_5_with_a_model_that_sleeps(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    _show(capsys, machine.up("--set", "models.0.autoscaling.min_replicas=0"))
     machine.down()
 
 

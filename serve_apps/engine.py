@@ -35,6 +35,7 @@ from serve_apps.wire import SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PA
 log = logging.getLogger("ray.serve")
 HEALTH_PERIOD_S = 2.0
 CANCELLED_KEPT = 4096
+SPARE_ONGOING = 64
 OURS = "tidepool"
 
 
@@ -185,7 +186,8 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
         kwargs["lora_modules"] = [{"name": f"{model.id}:{name}", "path": path} for name, path in model.adapters.items()]
     scale = model.autoscaling
     deployment: dict[str, Any] = {
-        "max_ongoing_requests": model.slots,
+        # Gateways keep to the slots; probes, metrics and questions about cancelled requests come on top and must not wait.
+        "max_ongoing_requests": model.slots + SPARE_ONGOING,
         # The gateway is the queue; a replica that gets more than its slots for a moment holds them instead of refusing.
         "max_queued_requests": -1,
         "health_check_period_s": HEALTH_PERIOD_S,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +24,7 @@ from bench import cpu
 from cluster.errors import LaunchError
 
 MARKER = "TIDEPOOL_BENCH_SERVER"
+SCRATCH = ("TMPDIR", "VLLM_RPC_BASE_PATH", "TORCHINDUCTOR_CACHE_DIR")
 
 
 @dataclass
@@ -59,13 +62,14 @@ def start(name: str, argv: Sequence[str], log_dir: Path, env: dict[str, str] | N
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{name}.log"
     mark = uuid.uuid4().hex
+    _scratch(mark).mkdir(mode=0o700)
     with log.open("wb") as out:
         process = subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | (env or {}) | {MARKER: mark},
+            env=os.environ | {name: str(_scratch(mark)) for name in SCRATCH} | (env or {}) | {MARKER: mark},
             start_new_session=True,
         )
     return Server(name, process, log, mark)
@@ -117,6 +121,12 @@ def stop(server: Server, grace_s: float = 10.0) -> None:
     deadline = time.monotonic() + 5
     while living(pids) and time.monotonic() < deadline:
         time.sleep(0.02)
+    shutil.rmtree(_scratch(server.mark), ignore_errors=True)
+
+
+def _scratch(mark: str) -> Path:
+    """Where a server keeps sockets and temporary files, removed with it; short, for a socket's path has 107 bytes."""
+    return Path(tempfile.gettempdir()) / f"tpb-{mark[:8]}"
 
 
 def living(pids: set[int]) -> set[int]:

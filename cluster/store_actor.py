@@ -138,14 +138,6 @@ def attach() -> ActorHandle:
     return ray.get_actor(NAME, namespace=NAMESPACE)
 
 
-def internal_secret() -> str:
-    """The secret between gateways and engines, from the cluster's store. Blocks; raises ValueError where there is none."""
-    import ray
-
-    secret: str = ray.get(attach().internal_secret.remote())
-    return secret
-
-
 def _call_id() -> str:
     """The same when Ray repeats a call whose answer was lost, another for every other call."""
     import ray

@@ -7,12 +7,10 @@ loop, `serve_counts` the look at Ray Serve, passed in so that a gateway without 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable
 
 from cluster.config import ModelConfig
 
-log = logging.getLogger(__name__)
 PERIOD_S = 2.0
 GATEWAY_APP = "gateway"
 GATEWAY_DEPLOYMENT = "Gateway"
@@ -49,11 +47,9 @@ class Fleet:
 
 def serve_counts(models: Iterable[ModelConfig]) -> Callable[[], Counts]:
     """Counts running replicas of these models' engines and of the gateway, from what Serve keeps telling this process."""
-    from serve_apps.replicas import Deployment
+    from serve_apps.replicas import Deployment, engine_deployment
 
-    known = {
-        model.app_name: Deployment("EngineServer:" + model.app_name.removeprefix("engine-"), model.app_name) for model in models
-    }
+    known = {model.app_name: engine_deployment(model) for model in models}
     known[GATEWAY_APP] = Deployment(GATEWAY_DEPLOYMENT, GATEWAY_APP)
 
     def count() -> Counts:

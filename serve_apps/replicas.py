@@ -59,7 +59,7 @@ class RayReplicas:
     """Replicas of a model's Serve application."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self._deployment = Deployment("EngineServer:" + model.app_name.removeprefix("engine-"), model.app_name)
+        self._deployment = engine_deployment(model)
         self._path = model.path
         self._by_body = model.routing == "prefix_affinity"
         self._avoided: dict[str, float] = {}
@@ -126,9 +126,9 @@ class Deployment:
 
     def handle(self) -> Any:
         """The deployment's handle. Raises KeyError while Serve does not know the deployment."""
-        from ray import serve
-
         if self._handle is None:
+            from ray import serve
+
             if time.monotonic() < self._ask_at:
                 raise KeyError(self._name)
             self._ask_at = time.monotonic() + UNKNOWN_S
@@ -148,6 +148,11 @@ class Deployment:
             return {}
         found = {replica.replica_id.unique_id: replica.backend_http_endpoint for replica in router.curr_replicas.values()}
         return {name: address for name, address in found.items() if address is not None}
+
+
+def engine_deployment(model: ModelConfig) -> Deployment:
+    """The deployment of a model's engine; Ray names it after the class and the model's id (see `engine.build`)."""
+    return Deployment("EngineServer:" + model.app_name.removeprefix("engine-"), model.app_name)
 
 
 class FixedReplicas:

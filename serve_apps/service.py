@@ -169,7 +169,6 @@ class ModelService:
 
     async def _open(self, call: Call, engine_id: str, used: list[Endpoint]) -> Whole | Stream:
         """Send the call to a replica, and to another while one dies before its first byte."""
-        why = ""
         for attempt in range(self._gateway.retries + 1):
             try:
                 async with asyncio.timeout(self._hold_s):
@@ -182,8 +181,7 @@ class ModelService:
                 async with asyncio.timeout(self.model.max_generation_s):
                     return await self._relay.send(endpoint, call.path, call.body, call.content_type, f"{engine_id}-{attempt}")
             except EngineGone as error:
-                why = str(error)
-                log.warning("engine %s of %s gave no answer (%s), attempt %d", endpoint.id, self.model.id, why, attempt + 1)
+                log.warning("engine %s of %s gave no answer (%s), attempt %d", endpoint.id, self.model.id, error, attempt + 1)
                 self._replicas.avoid(endpoint)
                 self._metrics.retries.labels(self.model.id).inc()
         raise ApiError(503, f"The model {self.model.id!r} failed to answer. Retry after 2 s.", "engine_failed", retry_after=2)

@@ -45,7 +45,7 @@ def test_connect_finds_the_one_store(actor: Any) -> None:
     again = store_actor.connect("sqlite:////nowhere/else.sqlite3")
     assert ray.get(again.open.remote()) == ray.get(actor.open.remote())
     assert ray.get(store_actor.attach().open.remote()) == ray.get(actor.open.remote())
-    assert store_actor.internal_secret() == ray.get(actor.internal_secret.remote())
+    assert ray.get(store_actor.attach().internal_secret.remote()) == ray.get(actor.internal_secret.remote())
 
 
 def test_a_refusal_arrives_as_a_store_error(actor: Any) -> None:

@@ -31,7 +31,7 @@ unit: setup        ## the tests that take seconds
 check: setup       ## style, types, import arrows
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --strict -p cluster -p serve_apps -p bench
+	.venv/bin/mypy --strict -p cluster -p serve_apps -p train -p bench
 	$(PY) -m pytest -q tests/unit/test_tree.py
 
 bench: setup       ## our endpoint beside bare vLLM on this machine

@@ -59,7 +59,7 @@ elif [ -z "$find_links" ]; then
 fi
 
 say "installing Tidepool, Ray and vLLM"
-.venv/bin/uv pip install --python .venv/bin/python "${options[@]}" -e ".[$device,postgres,dev]"
+.venv/bin/uv pip install --python .venv/bin/python "${options[@]}" -e ".[$device,train,postgres,dev]"
 rm -f .venv/.tidepool-*
 touch "$stamp"
 say "done"

@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
+from cluster.sections import Section
+from cluster.train_config import TrainConfig, TuneConfig
 
 EMBEDDED_PREFIX = "embedded:"
 MODEL_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
-
-
-class Section(BaseModel):
-    """A part of the file. Unknown keys are refused, values are frozen once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class NodeConfig(Section):
@@ -184,7 +180,17 @@ class Config(Section):
     node: NodeConfig = NodeConfig()
     store: StoreConfig = StoreConfig()
     gateway: GatewayConfig = GatewayConfig()
-    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    models: tuple[ModelConfig, ...] = ()
+    train: TrainConfig | None = Field(None, description="A training run: `python -m train sft`.")
+    tune: TuneConfig | None = Field(None, description="A search over it: `python -m train tune`.")
+
+    @model_validator(mode="after")
+    def _something(self) -> Config:
+        if not self.models and self.train is None:
+            raise ValueError("write at least one of 'models' (to serve) and 'train' (to train)")
+        if self.tune is not None and self.train is None:
+            raise ValueError("'tune' searches over 'train', which is missing")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> Config:
@@ -221,7 +227,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must be a mapping with the key 'models', found {type(data).__name__}")
+        raise ConfigError(f"{path}: must be a mapping with the key 'models' or 'train', found {type(data).__name__}")
     for override in overrides or []:
         _apply(data, override)
     return parse(data, str(path))

@@ -4,6 +4,8 @@
     ├── ConfigError              a configuration file says something that is not allowed
     ├── LaunchError              `up` or `down` cannot do what was asked (busy port, too little memory, ...)
     ├── StoreError               the store refuses: unknown key id, bad value
+    ├── DataError                rows or files that training cannot use; names file, line and what is wrong
+    ├── TrainError               a training run cannot start or go on (batch arithmetic, memory, a loss that is no number)
     └── ApiError                 an answer to an HTTP client; carries status and OpenAI's error fields
 
 Commands print a TidepoolError as one line and exit 2. HTTP layers send an ApiError as
@@ -29,6 +31,14 @@ class LaunchError(TidepoolError):
 
 class StoreError(TidepoolError):
     """The store cannot do what was asked."""
+
+
+class DataError(TidepoolError):
+    """Data cannot be read, or a row is not what it should be: file, line, what to do."""
+
+
+class TrainError(TidepoolError):
+    """A training run, a search or an export cannot do what was asked; the last good checkpoint is whole."""
 
 
 class ApiError(TidepoolError):

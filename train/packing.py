@@ -1,9 +1,9 @@
 """From rows of tokens to sequences of one length, and back to the arrays a model takes.
 
 A token takes 32 bits on disk: its id, and two flags (loss falls on it; a dialogue starts here). That is all a sequence needs:
-labels and positions follow from the flags. `Packer` puts rows into sequences: with packing, first-fit into a bounded number of open
-ones, so that memory is bounded and the result depends on nothing but the order of the rows; without, one row each. The run of pads
-at the end is a segment of its own. Nothing here reads files; `train.data` is the caller.
+labels and positions follow from the flags. `Packer` puts rows into sequences: with packing, first-fit into a bounded number of
+open ones, so that memory is bounded and the result depends on nothing but the order of the rows; without, one row each. The run
+of pads at the end is a segment of its own. Nothing here reads files; `train.data` is the caller.
 
 Loss is on the token itself (labels are not shifted, as Hugging Face models expect), and never on the first token of a dialogue:
 the token before it belongs to another one.
@@ -38,7 +38,7 @@ def trained_tokens(flagged: Flagged) -> int:
 
 
 def unpack(flagged: Flagged) -> dict[str, NDArray[np.int64]]:
-    """Arrays for a model from [..., length]: `input_ids`, `labels` (-100: no loss), `position_ids` (from 0 in each dialogue), int64."""
+    """`input_ids`, `labels` (-100: no loss) and `position_ids` (from 0 in each dialogue), int64, each in the given shape."""
     ids = (flagged & ID).astype(np.int64)
     labels = np.where(flagged & TRAINED, ids, NO_LOSS)
     at = np.arange(flagged.shape[-1])

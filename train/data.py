@@ -58,7 +58,15 @@ class Prepared:
     reused: bool
 
 
-def prepare(data: DataConfig, objective: Objective, tokenizer_folder: str, into: Storage, split: Split, say: Say) -> Prepared:
+def prepare(
+    data: DataConfig,
+    objective: Objective,
+    tokenizer_folder: str,
+    into: Storage,
+    split: Split,
+    say: Say,
+    group_bytes: int = sources.GROUP_BYTES,
+) -> Prepared:
     """Make the sequences of a split, or find them made.
 
     Args:
@@ -68,6 +76,7 @@ def prepare(data: DataConfig, objective: Objective, tokenizer_folder: str, into:
         into: Storage of the run.
         split: Which addresses of `data`.
         say: Takes each line of progress.
+        group_bytes: About this much input is one task's work; what fits in one group needs no Ray.
 
     Raises:
         DataError: no such files, or a bad row: file, line, what is wrong.
@@ -76,20 +85,22 @@ def prepare(data: DataConfig, objective: Objective, tokenizer_folder: str, into:
     files = sources.find(data.train if split == "train" else data.validation)
     tokenizer = tokenizer_files(Path(tokenizer_folder))
     work = shards.Work.of(data, objective)
-    path = f"data/{_key(files, tokenizer, work)}"
+    path = f"data/{_key(files, tokenizer, work, group_bytes)}"
     if into.exists(f"{path}/{INDEX}"):
         index = into.read_json(f"{path}/{INDEX}")
         say(f"{split} data: {index['sequences']:,} sequences, prepared before")
         return _prepared(path, index, reused=True)
     into.check_writable()
-    total = shards.Counted()
-    groups = sources.groups(files)
+    total, told = shards.Counted(), 0
+    size = sum(file.size for file in files)
+    groups = sources.groups(files, group_bytes)
     for counted in counts(groups, tokenizer_folder, tokenizer, replace(work, into=into, path=path)):
         if counted.mistakes:
             raise DataError(counted.mistakes[0])
         total.add(counted)
-        if len(groups) > 1:
-            say(f"{split} data: {total.bytes_read / sum(file.size for file in files):.0%} read, {total.rows:,} rows")
+        if len(groups) > 1 and total.bytes_read * 10 // size > told:
+            told = total.bytes_read * 10 // size
+            say(f"{split} data: {total.bytes_read / size:.0%} read, {total.rows:,} rows")
     if total.sequences == 0:
         raise DataError(
             f"{', '.join(file.name for file in files[:3])}: no row has at most {data.max_length} tokens; raise max_length"
@@ -133,12 +144,12 @@ def counts(
         yield shards.counted_of(row["counted"])
 
 
-def _key(files: Sequence[sources.SourceFile], tokenizer: dict[str, bytes], work: shards.Work) -> str:
+def _key(files: Sequence[sources.SourceFile], tokenizer: dict[str, bytes], work: shards.Work, group_bytes: int) -> str:
     """16 hex digits over all that decides the sequences."""
     # Content is the surer sign; of a large data set only size and time of change are looked at, or this would read it all.
-    small = sum(file.size for file in files) <= sources.GROUP_BYTES
+    small = sum(file.size for file in files) <= group_bytes
     content = {
-        "format": [FORMAT, sources.GROUP_BYTES, shards.SHARD_BYTES, WINDOW],
+        "format": [FORMAT, group_bytes, shards.SHARD_BYTES, WINDOW],
         "files": [file.identity(by_content=small) for file in files],
         "tokenizer": tokenizer_identity(tokenizer),
         "settings": [work.objective, work.max_length, work.packing, work.too_long],

@@ -72,11 +72,8 @@ class Piece:
     start: int
     stop: int
     first_row: int  # Parquet: rows before it
-    size: int  # bytes
-
-    @property
-    def whole(self) -> bool:
-        return self.start == 0 and self.size == self.file.size
+    size: int  # bytes on disk
+    whole: bool = False  # all of the file; `stop` says nothing then
 
 
 def find(addresses: Sequence[str]) -> tuple[SourceFile, ...]:
@@ -99,14 +96,14 @@ def find(addresses: Sequence[str]) -> tuple[SourceFile, ...]:
     return tuple(found)
 
 
-def groups(files: Sequence[SourceFile]) -> list[list[Piece]]:
-    """Divide files into tasks of about GROUP_BYTES, in order."""
+def groups(files: Sequence[SourceFile], size: int = GROUP_BYTES) -> list[list[Piece]]:
+    """Divide files into tasks of about `size` bytes, in order."""
     result: list[list[Piece]] = []
     room = 0
-    for piece in (piece for file in files for piece in _pieces(file)):
+    for piece in (piece for file in files for piece in _pieces(file, size)):
         if room <= 0:
             result.append([])
-            room = GROUP_BYTES
+            room = size
         result[-1].append(piece)
         room -= piece.size
     return result
@@ -200,20 +197,21 @@ def _file(filesystem: Any, info: Any, name: str) -> SourceFile:
     return SourceFile(name, filesystem, info.path, int(info.size or 0), int(info.mtime_ns or 0))
 
 
-def _pieces(file: SourceFile) -> Iterator[Piece]:
-    if file.size <= GROUP_BYTES or file.path.endswith((".gz", ".zst")):
-        yield Piece(file, 0, file.size, 0, file.size)
+def _pieces(file: SourceFile, most: int) -> Iterator[Piece]:
+    if file.size <= most or file.path.endswith((".gz", ".zst")):
+        yield Piece(file, 0, file.size, 0, file.size, whole=True)
     elif not file.parquet:
-        for start in range(0, file.size, GROUP_BYTES):
-            stop = min(start + GROUP_BYTES, file.size)
+        for start in range(0, file.size, most):
+            stop = min(start + most, file.size)
             yield Piece(file, start, stop, 0, stop - start)
     else:
         with _parquet(file) as parquet:
-            sizes = [parquet.metadata.row_group(index) for index in range(parquet.metadata.num_row_groups)]
+            groups = [parquet.metadata.row_group(index) for index in range(parquet.metadata.num_row_groups)]
         start = first = rows = size = 0
-        for index, group in enumerate(sizes):
-            rows, size = rows + group.num_rows, size + group.total_byte_size
-            if size >= GROUP_BYTES or index == len(sizes) - 1:
+        for index, group in enumerate(groups):
+            rows += group.num_rows
+            size += sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+            if size >= most or index == len(groups) - 1:
                 yield Piece(file, start, index + 1, first, size)
                 start, first, rows, size = index + 1, first + rows, 0, 0
 
@@ -234,9 +232,9 @@ def _rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
         if not wanted:
             yield 1, RowError(f"column {columns[0]!r} is missing, found {', '.join(names)}; rename or add it")
             return
-        rowed = range(piece.start, piece.stop) if piece.stop < piece.file.size else range(parquet.metadata.num_row_groups)
+        chosen = range(parquet.metadata.num_row_groups) if piece.whole else range(piece.start, piece.stop)
         number = 0
-        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(rowed), columns=wanted):
+        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(chosen), columns=wanted):
             try:
                 values: list[Any] = batch.to_pylist()
             except UnicodeDecodeError:

@@ -1,25 +1,25 @@
 """What a run used and what that costs, and the planning formula beside it.
 
-Pure arithmetic, and `write`, which keeps both in a run's `cost.json`. It measures nothing: `train.run` counts, and `train.tune` adds up
-the trials of a search. Prices come from the configuration (`train.price`) and are 0 unless written there.
+Pure arithmetic, and `write`, which keeps both in a run's `cost.json`. It measures nothing: `train.run` counts, and `train.tune`
+adds up the trials of a search. Prices come from the configuration (`train.price`) and are 0 unless written there.
 
 Units: seconds, bytes (a GB is 10^9 of them, as clouds bill), US dollars; a month has 730 hours.
 
 ## The planning formula
 
-    total = compute price × time × (data + model size)
+    total = compute price * time * (data + model size)
 
-As written its unit is $/h × h × GB, which is no money. It becomes money when time is a pace, the hours that one GB of data and model
-takes on the workers that are paid for:
+As written its unit is $/h * h * GB, which is no money. It becomes money when time is a pace, the hours that one GB of data and
+model takes on the workers that are paid for:
 
-    total [$] = compute price [$/h] × time [h/GB] × (data [GB] + model [GB])
+    total [$] = compute price [$/h] * time [h/GB] * (data [GB] + model [GB])
 
-- compute price: all workers of the run together, for an hour: their CPUs × `cpu_hour` + their GPUs × `gpu_hour`.
+- compute price: all workers of the run together, for an hour: their CPUs * `cpu_hour` + their GPUs * `gpu_hour`.
 - time: the pace of the training steps alone, measured by this run or by an earlier, smaller one.
 - data: what the steps read, every epoch counted, as prepared sequences. model: the weights in the precision they are trained in.
 
 With the pace of the same run the formula gives the price of its steps, and what the bill has above it is start-up, validation and
-checkpoints. For another run it is a rule of thumb: time grows with data × model rather than with their sum, so it holds for a run
+checkpoints. For another run it is a rule of thumb: time grows with data * model rather than with their sum, so it holds for a run
 of a similar model and is checked by the measured cost that stands next to it.
 """
 
@@ -52,11 +52,11 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run used; everything adds up over the attempts of a resumed run, but `stored_bytes` and `model_bytes`, which are states.
+    """What a run used. All adds up over the attempts of a resumed run, but `stored_bytes` and `model_bytes`, which are states.
 
-    `seconds` is the time from start to end, `step_seconds` that of the training steps alone. `cpu_seconds` and `gpu_seconds` are what
-    was held for the run, busy or not. `bytes_read` is the data, every epoch counted; `checkpoint_bytes` what was written to checkpoints
-    and the export, `stored_bytes` what is left of it at the end.
+    `seconds` is the time from start to end, `step_seconds` that of the training steps alone. `cpu_seconds` and `gpu_seconds` are
+    what was held for the run, busy or not. `bytes_read` is the data, every epoch counted; `checkpoint_bytes` what was written to
+    checkpoints and the export, `stored_bytes` what is left of it at the end.
     """
 
     seconds: float = 0.0
@@ -181,11 +181,11 @@ def lines(usage: Usage, price: ComputePrice) -> list[str]:
     """The bill as a person reads it."""
     made, planned = cost(usage, price), plan(usage, price)
     rows = [
-        f"CPU      {usage.cpu_seconds / HOUR:10.4f} h  × ${price.cpu_hour:g}/h = ${made.cpu:.6f}",
-        f"GPU      {usage.gpu_seconds / HOUR:10.4f} h  × ${price.gpu_hour:g}/h = ${made.gpu:.6f}",
-        f"data read{usage.bytes_read / GB:10.4f} GB × ${price.read_gb:g}/GB = ${made.read:.6f}",
+        f"CPU      {usage.cpu_seconds / HOUR:10.4f} h  * ${price.cpu_hour:g}/h = ${made.cpu:.6f}",
+        f"GPU      {usage.gpu_seconds / HOUR:10.4f} h  * ${price.gpu_hour:g}/h = ${made.gpu:.6f}",
+        f"data read{usage.bytes_read / GB:10.4f} GB * ${price.read_gb:g}/GB = ${made.read:.6f}",
         f"total ${made.total:.6f}, and ${made.storage_month:.6f} a month for {usage.stored_bytes / GB:.4f} GB kept",
-        f"plan: ${planned.compute_price_per_hour:.4f}/h × {planned.hours_per_gb:.4f} h/GB × ({planned.data_gb:.4f} GB data + "
+        f"plan: ${planned.compute_price_per_hour:.4f}/h * {planned.hours_per_gb:.4f} h/GB * ({planned.data_gb:.4f} GB data + "
         f"{planned.model_gb:.4f} GB model) = ${planned.total:.6f}",
     ]
     return rows
@@ -203,8 +203,8 @@ class Point:
 def pays(points: Sequence[Point], window: int = 3, share: float = 0.1) -> tuple[bool, str]:
     """Whether one more trial still pays, and why, in a sentence.
 
-    The marginal gain is what the last `window` trials took off the best validation loss, per unit spent. It no longer pays when that is
-    less than `share` of what the search gained per unit from its first trial on.
+    The marginal gain is what the last `window` trials took off the best validation loss, per unit spent. It no longer pays when
+    that is less than `share` of what the search gained per unit from its first trial on.
 
     Args:
         points: In the order in which the trials finished; `spent` in any one unit.

@@ -80,7 +80,7 @@ def contains(space: Mapping[str, SearchRange], values: Mapping[str, Any]) -> boo
     for path, span in space.items():
         value = values[path]
         if span.choice:
-            if not any(_same(value, choice) for choice in span.choice):
+            if not any(same(value, choice) for choice in span.choice):
                 return False
         elif isinstance(value, bool) or not isinstance(value, int | float) or not low(span) <= value <= high(span):
             return False
@@ -130,7 +130,8 @@ def _at(data: Any, path: str) -> Any:
     return data
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether a value read from a JSON file is a choice of the space."""
     plain = list(other) if isinstance(other, tuple) else other
     return type(one) is type(plain) and bool(one == plain)
 

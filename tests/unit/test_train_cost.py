@@ -82,7 +82,7 @@ def test_a_resumed_run_adds_up():
 
 def test_the_bill_names_units():
     text = "\n".join(cost.lines(usage(), PRICE))
-    for part in ("8.0000 h  × $0.04/h = $0.320000", "3.0000 GB", "total $4.350000", "h/GB", "GB data", "GB model"):
+    for part in ("8.0000 h  * $0.04/h = $0.320000", "3.0000 GB", "total $4.350000", "h/GB", "GB data", "GB model"):
         assert part in text
 
 

@@ -1,0 +1,96 @@
+"""`python -m train sft|dpo|pretrain|export ...`: parses, imports, runs. Nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from cluster.config import Config, load
+from cluster.errors import ConfigError, TidepoolError
+from cluster.train_config import TrainConfig
+
+OBJECTIVES = {
+    "sft": "fine-tune on dialogues",
+    "dpo": "train on preferences",
+    "pretrain": "train on plain text",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status; a user's mistake is a line on standard error and 2."""
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in OBJECTIVES.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", type=Path)
+        command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+        command.add_argument(
+            "--check", action="store_true", help="read all data and estimate steps, time and cost; train nothing"
+        )
+        command.set_defaults(run=_train, objective=name)
+    command = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder or an adapter")
+    command.add_argument("folder", metavar="RUN", help="<train.output>/<train.name>")
+    command.add_argument("--checkpoint", type=int, metavar="N", help="its step; default the newest")
+    command.add_argument("out", metavar="OUT", help="folder or pyarrow.fs URI")
+    command.set_defaults(run=_export)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except TidepoolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _load(args: argparse.Namespace) -> tuple[Config, TrainConfig]:
+    config = load(args.config, [f"train.objective={args.objective}", *args.set])
+    if config.train is None:
+        raise ConfigError(f"{args.config}: has no section 'train'")
+    return config, config.train
+
+
+def _train(args: argparse.Namespace) -> int:
+    begun = time.monotonic()
+    config, wanted = _load(args)
+    if args.check:
+        return _check(wanted)
+    from train.bar import Bar
+    from train.connect import connected
+    from train.run import checked, train
+    from train.supervisor import NAMESPACE
+
+    checked(wanted)
+    bar = Bar()
+    _, high = wanted.scale.bounds
+    bar.say("connecting to Ray")
+    with connected(config, high * wanted.scale.cpus_per_worker, NAMESPACE) as connection:
+        try:
+            before = {"ray": round(time.monotonic() - begun, 3)}
+            result = train(wanted, say=bar.say, on_step=bar.step, detached=connection.shared, before=before)
+        finally:
+            bar.close()
+    print(f"{result.name}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}, exported to {result.export}")
+    return 0
+
+
+def _check(wanted: TrainConfig) -> int:
+    from train.data_check import check
+
+    check(wanted, lambda text: print(text, flush=True))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from train.export import export
+
+    done = export(args.folder, args.checkpoint, args.out)
+    print(f"step {done.step} written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,352 @@
+"""What each worker of a run does: batches by step number, forward, backward, step, and now and then a validation or a checkpoint.
+
+`work` is Ray Train's `train_loop_per_worker`. A step's loss is the mean over all trained tokens (or pairs) of the whole global batch,
+whatever the number of workers and micro batches. On a GPU nothing waits for the device between two log points. Worker 0 tells the
+run's supervisor (`train.supervisor`) what happens; the other files it writes are checkpoints. It decides nothing about faults: it
+raises, or, for a mistake that a retry would repeat, tells the supervisor first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import TidepoolError, TrainError
+from cluster.train_config import TrainConfig
+from train import losses
+from train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    import torch
+
+LOG_EVERY = {"cpu": 1, "gpu": 10}  # steps between two looks at the device
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is given. `supervisor` is an actor handle of `train.supervisor.Supervisor`."""
+
+    config: dict[str, Any]
+    train_data: str  # path of the prepared sequences below the run's folder
+    validation_data: str | None
+    supervisor: Any
+
+
+def work(task: Task) -> None:
+    """Train until the last step, from the newest checkpoint. Runs in every worker."""
+    import ray
+
+    begun = time.monotonic()
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    if ray.get(task.supervisor.enter.remote(rank, workers)) is not None:
+        return  # an attempt before this one failed for good; Ray Train need not know
+    config = TrainConfig.model_validate(task.config)
+    try:
+        _Worker(config, task, rank, workers, context.get_local_world_size(), begun).run()
+    except (TidepoolError, MemoryError, RuntimeError) as error:
+        told = _final(error, config)
+        if told is None:
+            raise
+        ray.get(task.supervisor.fail.remote(told))
+        raise TrainError(told) from error
+
+
+def _final(error: BaseException, config: TrainConfig) -> str | None:
+    """The line for a failure that would come again; None for one that a new start may get over."""
+    import torch
+
+    if isinstance(error, TidepoolError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        where = "GPU" if config.scale.device == "gpu" else "main"
+        return (
+            f"out of {where} memory; lower train.micro_batch_size or train.data.max_length, turn on "
+            "train.activation_checkpointing, or raise train.zero.stage"
+        )
+    return None
+
+
+class _Worker:
+    """One worker's state during one attempt."""
+
+    def __init__(self, config: TrainConfig, task: Task, rank: int, workers: int, workers_here: int, begun: float) -> None:
+        from train import checkpoint, engine, models, state
+        from train.data import Sequences, total_steps
+        from train.storage import Storage
+        from train.zero import micro_batches
+
+        self.config, self.task, self.rank, self.workers = config, task, rank, workers
+        self.marks = [("start", begun)]
+        engine.prepare_process(config, workers_here)
+        self._import()
+        self._mark("imports")
+        self.run_folder = Storage.open(config.output).below(config.name)
+        self.data = Sequences.open(self.run_folder, task.train_data)
+        self.validation = Sequences.open(self.run_folder, task.validation_data) if task.validation_data else None
+        self.steps = total_steps(len(self.data), config.batch_size, config.epochs, config.max_steps)
+        self.micro, self.accumulation = micro_batches(config, workers)
+        self._mark("data")
+        self.device = engine.device_of(config)
+        self.base = models.base_folder(config.base)
+        model = models.build(config, self.base)
+        self.reference = self._reference(model)
+        self._mark("model")
+        self.engine = engine.start(config, model, workers, self.steps)
+        self._mark("engine")
+        attempt = self._same(uuid.uuid4().hex[:8])
+        found = self._same(checkpoint.latest(self.run_folder))
+        self.step = 0
+        self.last_validation: tuple[int, float] | None = None
+        self.identity = {
+            "base": config.base, "objective": config.objective,
+            "lora": config.lora.model_dump(mode="json") if config.lora else None,
+        }  # fmt: skip
+        if found is not None:
+            if found.model != self.identity:
+                raise TrainError(
+                    f"{self.run_folder.name()} holds a run of another model; choose another train.name or train.output"
+                )
+            state.restore(self.engine, checkpoint.read(self.run_folder, found), found.updates)
+            self.step = found.step
+        self._mark("resume")
+        self.writer = checkpoint.Writer(self.run_folder, config.checkpoint, rank, workers, attempt, self._committed)
+        self.pending: list[tuple[int, float, Any]] = []
+        self.window = (self.step, time.monotonic())
+
+    def _import(self) -> None:
+        """The slow imports, so that their time has a name."""
+        import deepspeed  # noqa: F401
+        import transformers  # noqa: F401
+
+    def run(self) -> None:
+        """All steps that are left, then the last checkpoint and the export."""
+        from train import state
+        from train.data import batch_indices, share
+
+        config = self.config
+        if self.rank == 0:
+            self._tell("began", self.step, self.steps, self.workers, dict(self._seconds()))
+        first, saved = self.step, self.step
+        self.window = (self.step, time.monotonic())
+        while self.step < self.steps:
+            indices = batch_indices(len(self.data), config.batch_size, config.data.seed, self.step)
+            rate = learning_rate(config.optimizer, self.step, self.steps)
+            state.set_learning_rate(self.engine, rate)
+            self._one_step(self.data.batch(share(indices, self.rank, self.workers)), rate)
+            self.step += 1
+            if self.step == first + 1:
+                self._mark("first_step")
+                if self.rank == 0:
+                    self._tell("timed", dict(self._seconds()))
+            self.writer.check()
+            last = self.step == self.steps
+            due = last or self.step % config.checkpoint.every_steps == 0
+            measure = self.validation is not None and (last or self.step % config.validate_every == 0)
+            if due or measure or self.step % LOG_EVERY[config.scale.device] == 0:
+                self._log()
+            if measure:
+                self._validate()
+            if due:
+                self._save()
+                saved = self.step
+        if saved < self.step:
+            self._save()
+        self.writer.wait()
+        if self.rank == 0:
+            self._export()
+            self._tell("ended", self.step)
+
+    def _one_step(self, arrays: losses.Arrays, rate: float) -> None:
+        """Forward and backward of this worker's part of a batch, in micro batches, and the optimizer's step."""
+        import torch
+
+        preference = self.config.objective == "dpo"
+        parts = [self._cut(arrays, at) for at in range(0, self.micro * self.accumulation, self.micro)]
+        tokens = sum(int(losses.lengths(part["labels"]).sum()) for part in parts)
+        trained = sum(int((part["labels"][:, 1:] != losses.IGNORED).sum()) for part in parts)
+        counts = torch.tensor([float(trained), float(tokens)], device=self.device, dtype=torch.float64)
+        counts = self._sum(counts)
+        # DeepSpeed averages gradients over the workers; what is wanted is their sum, over one denominator.
+        scale = self.workers / (self.config.batch_size if preference else counts[0].clamp(min=1.0))
+        if self.config.lora is not None and self.config.lora.dropout:
+            torch.manual_seed(hash((self.config.seed, self.step, self.rank)) % 2**63)
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for part in parts:
+            summed, right = self._loss(part)
+            self.engine.backward(summed * scale, scale_wrt_gas=False)
+            self.engine.step()
+            total += torch.stack([summed.detach().double(), right.detach().double()])
+        norm = self.engine.get_global_grad_norm()
+        norm = torch.as_tensor(norm if norm is not None else math.nan, device=self.device, dtype=torch.float64)
+        self.pending.append((self.step + 1, rate, torch.cat([self._sum(total), counts, norm.reshape(1)])))
+
+    def _loss(self, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss of a micro batch, and the number of pairs ranked right (dpo)."""
+        import torch
+
+        batch = {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in part.items()}
+        labels = batch.pop("labels")
+        logits = self.engine(**batch, use_cache=False).logits
+        if self.config.objective != "dpo":
+            return losses.token_losses(logits, labels).sum(), torch.zeros((), device=self.device)
+        with torch.no_grad():
+            reference = losses.sequence_log_probs(self._reference_logits(batch), labels)
+        each, right = losses.preference_losses(losses.sequence_log_probs(logits, labels), reference, self.config.dpo_beta)
+        return each.sum(), right.sum()
+
+    def _reference(self, model: torch.nn.Module) -> Any:
+        """The frozen model of dpo: a copy, or nothing where adapters can be turned off instead."""
+        import copy
+
+        import torch
+
+        if self.config.objective != "dpo" or self.config.lora is not None:
+            return None
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.precision]
+        frozen = copy.deepcopy(model).to(device=self.device, dtype=dtype).eval()
+        return frozen.requires_grad_(False)
+
+    def _reference_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.reference is not None:
+            logits: torch.Tensor = self.reference(**batch, use_cache=False).logits
+            return logits
+        with self.engine.module.disable_adapter():
+            logits = self.engine(**batch, use_cache=False).logits
+        return logits
+
+    def _cut(self, arrays: losses.Arrays, at: int) -> dict[str, Any]:
+        part = {name: array[at : at + self.micro] for name, array in arrays.items()}
+        return losses.trimmed(losses.pairs(part) if self.config.objective == "dpo" else part)
+
+    def _validate(self) -> None:
+        """Mean loss over all validation sequences; every worker does as many forward passes as the others."""
+        import numpy as np
+        import torch
+
+        assert self.validation is not None
+        count = len(self.validation)
+        rounds = math.ceil(count / (self.workers * self.micro))
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self.engine.eval()
+        with torch.no_grad():
+            for number in range(rounds):
+                start = (number * self.workers + self.rank) * self.micro
+                wanted = np.arange(start, start + self.micro)
+                arrays = self.validation.batch(np.minimum(wanted, count - 1))
+                for name, array in arrays.items():
+                    if name.endswith("labels"):
+                        array[wanted >= count] = losses.IGNORED
+                part = losses.trimmed(losses.pairs(arrays) if self.config.objective == "dpo" else arrays)
+                real = int((wanted < count).sum())
+                summed, _ = self._loss(part)
+                if self.config.objective == "dpo":
+                    # A pair without labels has a margin of zero.
+                    summed, weight = summed - (self.micro - real) * math.log(2.0), float(real)
+                else:
+                    weight = float((part["labels"][:, 1:] != losses.IGNORED).sum())
+                total += torch.stack([summed.double(), torch.tensor(weight, device=self.device, dtype=torch.float64)])
+        self.engine.train()
+        summed, weight = self._sum(total).tolist()
+        loss = summed / max(1.0, weight)
+        self._number(loss, self.step, "validation loss")
+        self.last_validation = (self.step, loss)
+        if self.rank == 0:
+            self._tell("measured", self.step, loss)
+
+    def _log(self) -> None:
+        """Fetch what the steps since the last log gave, check it, and tell it."""
+        import torch
+
+        if not self.pending:
+            return
+        rows = torch.stack([row for _, _, row in self.pending]).tolist()
+        since, at = self.window
+        now = time.monotonic()
+        each_s = (now - at) / max(1, self.step - since)
+        self.window = (self.step, now)
+        lines = []
+        for (step, rate, _), (summed, right, trained, tokens, norm) in zip(self.pending, rows, strict=True):
+            loss = summed / (self.config.batch_size if self.config.objective == "dpo" else max(1.0, trained))
+            self._number(loss, step, "loss")
+            if self.config.precision != "fp16" and not math.isnan(norm):  # fp16 skips such a step by itself
+                self._number(norm, step, "gradient norm")
+            line = {
+                "step": step, "epoch": round(step * self.config.batch_size / len(self.data), 4), "loss": loss, "lr": rate,
+                "grad_norm": None if math.isnan(norm) else norm, "tokens_per_s": tokens / each_s, "trained_tokens": int(trained),
+                "step_s": each_s, "workers": self.workers,
+            }  # fmt: skip
+            if self.config.objective == "dpo":
+                line["accuracy"] = right / self.config.batch_size
+            lines.append(line)
+        self.last_loss = lines[-1]["loss"]
+        self.pending.clear()
+        if self.rank == 0:
+            self._tell("tell", lines)
+
+    def _number(self, value: float, step: int, name: str) -> None:
+        """Raise when a loss is no number. It is summed over the workers, so all of them see it."""
+        if not math.isfinite(value):
+            raise TrainError(
+                f"the {name} of step {step} is {value}; lower train.optimizer.learning_rate, set train.optimizer.clip, or use "
+                "precision bf16; the last checkpoint is from before it"
+            )
+
+    def _save(self) -> None:
+        from train import checkpoint, state
+
+        measured = self.last_validation
+        made = checkpoint.Checkpoint(
+            step=self.step,
+            updates=state.get_updates(self.engine),
+            workers=self.workers,
+            model=self.identity,
+            loss=self.last_loss,
+            validation_loss=measured[1] if measured and measured[0] == self.step else None,
+        )
+        self.writer.save(made, state.gather(self.engine, self.rank, self.workers))
+        # The time a save takes is no part of the speed of training.
+        self.window = (self.step, time.monotonic())
+
+    def _export(self) -> None:
+        from train import checkpoint, export
+
+        newest = checkpoint.latest(self.run_folder)
+        assert newest is not None
+        export.write(self.config, self.base, self.run_folder, newest, self.run_folder.below(export.FOLDER))
+
+    def _committed(self, made: Any) -> None:
+        self._tell("saved", replace(made, files=()))
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all workers; nothing to do for one."""
+        import torch.distributed as distributed
+
+        if self.workers > 1:
+            distributed.all_reduce(value)
+        return value
+
+    def _same(self, value: Any) -> Any:
+        """Worker 0's value, for all."""
+        import torch.distributed as distributed
+
+        if self.workers == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def _tell(self, what: str, *values: Any) -> None:
+        getattr(self.task.supervisor, what).remote(*values)
+
+    def _mark(self, name: str) -> None:
+        self.marks.append((name, time.monotonic()))
+
+    def _seconds(self) -> list[tuple[str, float]]:
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [(name, round(at - before, 3)) for (_, before), (name, at) in pairs]

@@ -117,6 +117,8 @@ class _Worker:
         self._mark("resume")
         self.writer = checkpoint.Writer(self.run_folder, config.checkpoint, rank, workers, attempt, self._committed)
         self.pending: list[tuple[int, float, Any]] = []
+        self.answer: Any = None  # of the supervisor to the newest log: whether to stop
+        self.stopping = False
         self.window = (self.step, time.monotonic())
 
     def _import(self) -> None:
@@ -150,6 +152,10 @@ class _Worker:
             measure = self.validation is not None and (last or self.step % config.validate_every == 0)
             if due or measure or self.step % LOG_EVERY[config.scale.device] == 0:
                 self._log()
+            if self.stopping:
+                # All workers have seen it at the same step.
+                self.writer.wait()
+                return
             if measure:
                 self._validate()
             if due:
@@ -170,7 +176,7 @@ class _Worker:
         parts = [self._cut(arrays, at) for at in range(0, self.micro * self.accumulation, self.micro)]
         tokens = sum(int(losses.lengths(part["labels"]).sum()) for part in parts)
         trained = sum(int((part["labels"][:, 1:] != losses.IGNORED).sum()) for part in parts)
-        counts = torch.tensor([float(trained), float(tokens)], device=self.device, dtype=torch.float64)
+        counts = torch.tensor([float(trained), float(tokens), self._asked_to_stop()], device=self.device, dtype=torch.float64)
         counts = self._sum(counts)
         # DeepSpeed averages gradients over the workers; what is wanted is their sum, over one denominator.
         scale = self.workers / (self.config.batch_size if preference else counts[0].clamp(min=1.0))
@@ -271,7 +277,8 @@ class _Worker:
         each_s = (now - at) / max(1, self.step - since)
         self.window = (self.step, now)
         lines = []
-        for (step, rate, _), (summed, right, trained, tokens, norm) in zip(self.pending, rows, strict=True):
+        for (step, rate, _), (summed, right, trained, tokens, stop, norm) in zip(self.pending, rows, strict=True):
+            self.stopping = self.stopping or stop > 0
             loss = summed / (self.config.batch_size if self.config.objective == "dpo" else max(1.0, trained))
             self._number(loss, step, "loss")
             if self.config.precision != "fp16" and not math.isnan(norm):  # fp16 skips such a step by itself
@@ -287,7 +294,16 @@ class _Worker:
         self.last_loss = lines[-1]["loss"]
         self.pending.clear()
         if self.rank == 0:
-            self._tell("tell", lines)
+            self.answer = self.task.supervisor.tell.remote(lines)
+
+    def _asked_to_stop(self) -> float:
+        """1 on worker 0 when the supervisor said so; summed with the counts, so that it costs no look of its own."""
+        import ray
+
+        if self.answer is None or not ray.wait([self.answer], timeout=0)[0]:
+            return 0.0
+        answer, self.answer = ray.get(self.answer), None
+        return float(answer)
 
     def _number(self, value: float, step: int, name: str) -> None:
         """Raise when a loss is no number. It is summed over the workers, so all of them see it."""

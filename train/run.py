@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import TrainError
+from cluster.errors import TidepoolError, TrainError
 from cluster.train_config import TrainConfig
 from train.storage import Storage
 from train.supervisor import NAMESPACE, RUN, Supervisor
@@ -56,6 +56,7 @@ def train(
     *,
     say: Say,
     on_step: OnStep | None = None,
+    stop: Callable[[], bool] | None = None,
     detached: bool = False,
     before: dict[str, float] | None = None,
 ) -> Result:
@@ -65,6 +66,7 @@ def train(
         config: The run.
         say: Takes lines of progress.
         on_step: Takes each step's line of metrics.jsonl, in order; once more with `validation_loss` where that was measured.
+        stop: Asked several times a second; when it says yes, the run ends, workers first, with a TrainError.
         detached: The run outlives this process; joins it when it runs already.
         before: Seconds spent on starting so far, by cause, for the run's books.
 
@@ -89,12 +91,18 @@ def train(
         max_restarts=-1 if detached else 0,
     )
     supervisor = actor.remote(config.model_dump(mode="json"), detached, before or {})
+    leave = False
     try:
-        return _follow(config, supervisor, say, on_step)
-    except KeyboardInterrupt:
-        # Asked for by a person: the run stops. A command that is killed leaves a detached run alone.
-        ray.kill(supervisor, no_restart=True)
+        result = _follow(config, supervisor, say, on_step, stop)
+        leave = True
+        return result
+    except (TidepoolError, SystemExit):
+        leave = True
         raise
+    finally:
+        # Ctrl-C, or a trial that is told to end: the run stops. A command that is ended otherwise leaves a detached run alone.
+        if not leave:
+            ray.kill(supervisor, no_restart=True)
 
 
 def finished(config: TrainConfig) -> Result | None:
@@ -106,17 +114,20 @@ def finished(config: TrainConfig) -> Result | None:
     return Result(**book["result"])
 
 
-def _follow(config: TrainConfig, supervisor: Any, say: Say, on_step: OnStep | None) -> Result:
+def _follow(config: TrainConfig, supervisor: Any, say: Say, on_step: OnStep | None, stop: Callable[[], bool] | None) -> Result:
     import ray
     from ray.exceptions import ActorUnavailableError, RayActorError
 
     lines = said = 0
     while True:
+        if stop is not None and stop():
+            supervisor.stop.remote()
+            stop = None
         try:
             news = ray.get(supervisor.follow.remote(lines, said))
         except ActorUnavailableError:
             # Restarting; it begins its books again.
-            said = 0
+            lines = said = 0
             time.sleep(LOOK_S)
             continue
         except RayActorError as error:
@@ -130,7 +141,6 @@ def _follow(config: TrainConfig, supervisor: Any, say: Say, on_step: OnStep | No
             if on_step is not None:
                 on_step({**line, "steps": news["steps"]})
         said += len(news["said"])
-        # Fewer than before: the run has gone back to a checkpoint.
         lines = news["count"]
         if news["done"]:
             if news["error"] is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from train.storage import Storage
 
 RUN = "run.json"
 LINGER_S = 60.0  # a finished run stays this long for a command that wants its result
+KEPT = 4096  # newest lines of metrics that a command can still ask for; all are in metrics.jsonl
 NAMESPACE = "tidepool-train"
 
 
@@ -48,22 +50,31 @@ class Supervisor:
         self.startup: dict[str, float] = dict(before)
         self.fitted = self.begun
         self.log: RunLog | None = None
+        self.news: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self.told = 0
         self.book: dict[str, Any] = {}
         threading.Thread(target=self._work, name="run", daemon=True).start()
 
     # What the command asks.
 
     def follow(self, lines: int, said: int) -> dict[str, Any]:
-        """News since the `lines`-th step and the `said`-th line of text; `done` when there will be no more."""
+        """News since the `lines`-th line of metrics and the `said`-th of text; `done` when there will be no more.
+
+        A step's line comes once more when its validation loss is known, and again when the run goes back to a checkpoint.
+        """
         with self.lock:
-            known = self.log.lines if self.log is not None else []
+            fresh = min(self.told - lines, len(self.news))
             news = {
-                "lines": known[lines:], "count": len(known), "said": self.said[said:], "steps": self.steps,
-                "done": self.done, "error": self.fatal, "result": self.book.get("result"),
+                "lines": list(self.news)[len(self.news) - fresh :], "count": self.told, "said": self.said[said:],
+                "steps": self.steps, "done": self.done, "error": self.fatal, "result": self.book.get("result"),
             }  # fmt: skip
         if news["done"]:
             self.read.set()
         return news
+
+    def stop(self) -> None:
+        """End the run after the step that is being done; workers that are only starting do none."""
+        self.fail("stopped")
 
     # What workers tell.
 
@@ -94,15 +105,18 @@ class Supervisor:
             self.book["startup"] = self.startup
             self._keep()
 
-    def tell(self, lines: list[dict[str, Any]]) -> None:
-        """Steps done."""
+    def tell(self, lines: list[dict[str, Any]]) -> bool:
+        """Steps done; the answer is whether to stop."""
         with self.lock:
-            assert self.log is not None
+            self._announce(lines)
             self._told(lambda log: log.add(lines))
+            return self.fatal is not None
 
     def measured(self, step: int, loss: float) -> None:
         """A validation loss."""
         with self.lock:
+            if self.news and self.news[-1]["step"] == step:
+                self._announce([{**self.news[-1], "validation_loss": loss}])
             self._told(lambda log: log.measured(step, loss))
 
     def saved(self, made: Checkpoint) -> None:
@@ -228,6 +242,10 @@ class Supervisor:
             "export": self.run.name("export"),
             "seconds": self.book["seconds"],
         }
+
+    def _announce(self, lines: list[dict[str, Any]]) -> None:
+        self.news.extend(lines)
+        self.told += len(lines)
 
     def _told(self, write: Callable[[RunLog], None]) -> None:
         """Write to the log; where that fails, the run goes on to its next checkpoint, which then fails with the reason."""

@@ -187,7 +187,7 @@ def scheduler(tune: TuneConfig, max_steps: int | None) -> TrialScheduler:
             time_attr=TIME, grace_period=tune.grace_steps, max_t=longest, reduction_factor=tune.reduction
         )
     if tune.scheduler == "pbt":
-        return schedulers.PopulationBasedTraining(
+        return _population_scheduler(tune.concurrent >= tune.trials)(
             time_attr=TIME,
             perturbation_interval=tune.grace_steps,
             hyperparam_mutations={path: mutation(span) for path, span in tune.space.items()},
@@ -198,6 +198,18 @@ def scheduler(tune: TuneConfig, max_steps: int | None) -> TrialScheduler:
             log_config=False,
         )
     return schedulers.FIFOScheduler()
+
+
+def _population_scheduler(room: bool) -> type[TrialScheduler]:
+    """PBT. With `room` for all members at once none is paused for another: a pause ends a member's workers."""
+    from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+
+    class Population(PopulationBasedTraining):  # type: ignore[misc]
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision = str(super().on_trial_result(tune_controller, trial, result))
+            return str(TrialScheduler.CONTINUE) if room and decision == TrialScheduler.PAUSE else decision
+
+    return Population
 
 
 def mutation(span: SearchRange) -> Any:

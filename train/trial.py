@@ -28,19 +28,16 @@ STOP_S = 60.0  # longest wait for a run that was told to stop; after it Ray ends
 CHECKPOINT_S = 120.0  # longest wait for a checkpoint that others are to take over
 
 OnStep = Callable[[Mapping[str, Any]], None]
-Runner = Callable[[TrainConfig, OnStep], Any]
+Stop = Callable[[], bool]
+Runner = Callable[[TrainConfig, OnStep, Stop], Any]
 
 
-class Stopped(BaseException):
-    """Raised inside a run to end it; no `Exception`, so that nothing takes it for a failure to recover from."""
-
-
-def train_run(config: TrainConfig, on_step: OnStep) -> Any:
+def train_run(config: TrainConfig, on_step: OnStep, stop: Stop) -> Any:
     """The runner of every real search."""
     from train.run import train
 
     # Trials run side by side; what they say in words is in their folders.
-    return train(config, say=lambda text: None, on_step=on_step)
+    return train(config, say=lambda text: None, on_step=on_step, stop=stop)
 
 
 def run_config(train: TrainConfig, tune: TuneConfig, ledger: Ledger, trial: Trial) -> TrainConfig:
@@ -133,7 +130,7 @@ class Attempt:
         config = run_config(self.train, self.tune, self.ledger, self.trial)
         self.begun = time.monotonic()
         pool = ThreadPoolExecutor(1, thread_name_prefix="trial")
-        self.future = pool.submit(self.runner, config, self._on_step)
+        self.future = pool.submit(self.runner, config, self._on_step, lambda: self.stopping)
         pool.shutdown(wait=False)
 
     def _seconds(self) -> float:
@@ -142,14 +139,13 @@ class Attempt:
 
     def _on_step(self, metrics: Mapping[str, Any]) -> None:
         """Called by the run at each step, in its own thread."""
-        if self.stopping:
-            raise Stopped
         loss, step = metrics.get("validation_loss"), int(metrics["step"])
         # A resumed run repeats the steps since its last checkpoint.
         if loss is not None and step > self.seen:
             self.seen = step
             train_loss = metrics.get("loss")
-            self.queue.put(Report(step, _plain(loss), None if train_loss is None else _plain(train_loss), self._seconds()))
+            last = None if train_loss is None else _plain(train_loss)
+            self.queue.put(Report(step, _plain(loss), last, self._seconds(), self.trial.generation))
 
     def _done(self, future: Future[Any]) -> dict[str, Any]:
         error = future.exception()

@@ -2,7 +2,7 @@
 
 It is the only memory of a search. A search that was killed is taken up by reading it: a trial that had ended is told to the
 scheduler again from here and is not trained again, one that had not goes on from its run's own checkpoints. Ray Tune's own state
-is not needed for that and is thrown away. Written by `train.trial` (progress) and `train.tune` (how a trial ended), never at once.
+is not needed for that and is thrown away. Written by `train.trial` (progress) and `train.tune` (how a trial ended), not at once.
 
 Below `<output>/<name>-search/`: `search.json` (what is searched), `trials/000.json`, `runs/trial-000/` (an ordinary run).
 """
@@ -27,12 +27,13 @@ FREE = ("trials", "concurrent", "stop_after")
 
 @dataclass(frozen=True)
 class Report:
-    """A validation loss of a trial. `seconds` is the time spent on the trial until then, of all attempts."""
+    """A validation loss of a trial. `seconds` is the time spent on the trial until then, of all attempts and generations."""
 
     step: int
     validation_loss: float
     loss: float | None
     seconds: float
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Trial:
 
     @property
     def best(self) -> Report | None:
-        """The report with the lowest validation loss."""
-        return min(self.reports, key=lambda report: report.validation_loss, default=None)
+        """The report with the lowest validation loss, among those with the present values."""
+        present = (report for report in self.reports if report.generation == self.generation)
+        return min(present, key=lambda report: report.validation_loss, default=None)
 
     @property
     def step(self) -> int:

@@ -128,13 +128,15 @@ class Watch:
             return
         self.ended.append(self.ledger.end(number, "failed" if failed else "stopped", failed))
         self.say(search_report.progress(self.ended, self.train))
-        if self.reason is None:
-            self.look()
-            if self.reason is not None and len(self.ended) < self.search.trials:
-                self.say(f"search {self.train.name} ends: {self.reason}")
+        before = self.reason
+        self.look()
+        if before is None and self.reason is not None and len(self.ended) < self.search.trials:
+            self.say(f"search {self.train.name} ends: {self.reason}")
 
     def look(self) -> None:
-        """Set `reason` when there is nothing more to try."""
+        """Set `reason` when there is nothing more to try; it stays."""
+        if self.reason is not None:
+            return
         limit = self.search.stop_after
         if len(self.ended) >= self.search.trials:
             self.reason = "all trials have ended"

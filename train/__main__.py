@@ -1,8 +1,9 @@
-"""`python -m train sft|dpo|pretrain|export ...`: parses, imports, runs. Nothing else."""
+"""`python -m train sft|dpo|pretrain|export|merge|compress ...`: parses, imports, runs. Nothing else."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--checkpoint", type=int, metavar="N", help="its step; default the newest")
     command.add_argument("out", metavar="OUT", help="folder or pyarrow.fs URI")
     command.set_defaults(run=_export)
+    from train import compress, merge
+
+    compress.add_parser(commands)
+    merge.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args) or 0)
@@ -65,6 +70,9 @@ def _train(args: argparse.Namespace) -> int:
 
     checked(wanted)
     bar = Bar()
+    # In a private cluster all ends with this process; in one that goes on, the run does too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     _, high = wanted.scale.bounds
     bar.say("connecting to Ray")
     with connected(config, high * wanted.scale.cpus_per_worker, NAMESPACE) as connection:
@@ -78,7 +86,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _check(wanted: TrainConfig) -> int:
-    from train.data_check import check
+    from train.check import check
 
     check(wanted, lambda text: print(text, flush=True))
     return 0

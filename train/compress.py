@@ -30,6 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.config import Config, load
 from cluster.errors import TrainError
 from train.measure import compare
 from train.merge import copy_tokenizer, merge, model_folder
@@ -43,8 +44,14 @@ WEIGHTS = ("*.safetensors", "*.bin")
 Say = Callable[[str], None]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+def add_parser(commands: Any) -> None:
+    """Add the command to `python -m train`'s subparsers."""
+    parser = commands.add_parser(
+        "compress",
+        help="make a model smaller: quantize or prune it, and measure what that cost",
+        description="make a model smaller: quantize or prune it, and measure what that cost",
+    )
+    parser.set_defaults(run=main)
     parser.add_argument("model", help="Hugging Face folder or repository, or an embedded model")
     parser.add_argument("out", type=Path, help="folder to write; must be empty or not there")
     parser.add_argument("--method", required=True, choices=METHODS)
@@ -132,29 +139,41 @@ def _compressed(
     return done
 
 
-def _recovery(args: argparse.Namespace) -> Any:
-    """The `train` section of `--recover`, or None."""
-    from cluster.config import load
-
+def _recovery(args: argparse.Namespace) -> Config | None:
+    """The file given with `--recover`, which has a `train` section; or None."""
     if args.recover is None:
         if args.set:
             raise TrainError("--set: overrides values of the file given with --recover, which is missing")
         return None
-    config = load(args.recover, args.set).train
-    if config is None:
+    config = load(args.recover, args.set)
+    if config.train is None:
         raise TrainError(f"{args.recover}: has no 'train' section to recover with")
     return config
 
 
-def _recover(config: Any, folder: Path, say: Say) -> dict[str, Any]:
-    """Train the pruned model in `folder`; its weights are replaced. The run's own files go with it."""
-    from train.run import train
+def _recover(config: Config, folder: Path, say: Say) -> dict[str, Any]:
+    """Train the pruned model in `folder`; its weights are replaced. The run's own files go with it.
+
+    They are on this machine, so a cluster that is joined for it must run on this machine too.
+    """
+    from train.bar import Bar
+    from train.connect import connected
+    from train.run import checked, train
+    from train.supervisor import NAMESPACE
 
     base = folder / "pruned"
     base.mkdir()
     for file in [path for path in folder.iterdir() if path.is_file()]:
         file.rename(base / file.name)
-    result = train(config.model_copy(update={"base": str(base), "output": str(folder / "recovery")}), say=say)
+    assert config.train is not None
+    wanted = checked(config.train.model_copy(update={"base": str(base), "output": str(folder / "recovery")}))
+    bar = Bar()
+    say("recover: connecting to Ray")
+    with connected(config, wanted.scale.bounds[1] * wanted.scale.cpus_per_worker, NAMESPACE):
+        try:
+            result = train(wanted, say=bar.say, on_step=bar.step)
+        finally:
+            bar.close()
     export = Path(result.export)
     if (export / "adapter_config.json").is_file():
         merge(base, export, folder / "merged", say)

@@ -22,8 +22,12 @@ from train.new_folder import new_folder
 PREFIX = "base_model.model."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+def add_parser(commands: Any) -> None:
+    """Add the command to `python -m train`'s subparsers."""
+    parser = commands.add_parser(
+        "merge", help="add a LoRA adapter into its base's weights", description="add a LoRA adapter into its base's weights"
+    )
+    parser.set_defaults(run=main)
     parser.add_argument("base", help="Hugging Face folder or repository the adapter was trained on, or an embedded model")
     parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors")
     parser.add_argument("out", type=Path, help="folder to write; must be empty or not there")

@@ -31,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
             "--check", action="store_true", help="read all data and estimate steps, time and cost; train nothing"
         )
         command.set_defaults(run=_train, objective=name)
+    command = commands.add_parser("tune", help="search over fields of a configuration")
+    command.add_argument("config", type=Path)
+    command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+    command.set_defaults(run=_tune)
     command = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder or an adapter")
     command.add_argument("folder", metavar="RUN", help="<train.output>/<train.name>")
     command.add_argument("--checkpoint", type=int, metavar="N", help="its step; default the newest")
@@ -89,6 +93,13 @@ def _check(wanted: TrainConfig) -> int:
     from train.check import check
 
     check(wanted, lambda text: print(text, flush=True))
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from train.tune import tune
+
+    tune(load(args.config, args.set), say=lambda text: print(text, flush=True))
     return 0
 
 

@@ -8,8 +8,10 @@ that one is used. It starts no daemon that outlives the process.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from pathlib import Path
 from cluster.config import Config
 from cluster.errors import TrainError
 from cluster.preflight import is_loopback
-from cluster.session import read_json, session_of
+from cluster.session import read_json, session_of, write_private
 
 STORE_BYTES = 200 * 2**20
 
@@ -44,9 +46,7 @@ def connected(config: Config, cpus: float, namespace: str) -> Iterator[Connectio
     Raises:
         TrainError: the cluster that runs cannot be joined.
     """
-    import ray
-
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield Connection(True, "")
         return
     session = session_of(config)
@@ -56,6 +56,8 @@ def connected(config: Config, cpus: float, namespace: str) -> Iterator[Connectio
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(session.token)}
         if is_loopback(config.node.host):
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        import ray
+
         try:
             ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, RuntimeError) as error:
@@ -72,14 +74,17 @@ def connected(config: Config, cpus: float, namespace: str) -> Iterator[Connectio
 @contextmanager
 def private(cpus: float, namespace: str) -> Iterator[Connection]:
     """A cluster of this process alone; its daemons die with it."""
-    import ray
-
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID"):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_ID"):
         os.environ.pop(name, None)
     # Else workers run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     folder = Path(tempfile.mkdtemp(prefix="tpt-"))
+    write_private(folder / "token", secrets.token_hex(32))
+    # Ray reads these when it is imported.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    import ray
+
     try:
         ray.init(
             num_cpus=max(int(cpus + 0.999), os.cpu_count() or 1),

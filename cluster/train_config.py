@@ -26,6 +26,9 @@ class DataConfig(Section):
         description="Files, folders or globs: local paths or pyarrow.fs URIs, .jsonl or .parquet; `dataset:assistant` is the shipped one.",
     )
     validation: tuple[Uri, ...] = Field((), description="The same for validation; without it there is no validation loss.")
+    prepared: Uri | None = Field(
+        None, description="Where the prepared sequences are kept, for several runs to share; default: the run's own folder."
+    )
     max_length: int = Field(1024, ge=8, description="Tokens per sequence.")
     packing: bool = Field(True, description="Several dialogues share a sequence, each seeing only itself.")
     too_long: Literal["error", "skip", "truncate"] = Field(

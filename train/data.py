@@ -58,6 +58,11 @@ class Prepared:
     reused: bool
 
 
+def place(data: DataConfig, run: Storage) -> Storage:
+    """Where a run's sequences are: below `data.prepared`, or in its own folder."""
+    return Storage.open(data.prepared) if data.prepared else run
+
+
 def prepare(
     data: DataConfig,
     objective: Objective,
@@ -141,7 +146,7 @@ def counts(
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     for row in dataset.iter_rows():
-        yield shards.counted_of(row["counted"])
+        yield shards.counted_of(row)
 
 
 def _key(files: Sequence[sources.SourceFile], tokenizer: dict[str, bytes], work: shards.Work, group_bytes: int) -> str:

@@ -77,7 +77,7 @@ class _Worker:
 
     def __init__(self, config: TrainConfig, task: Task, rank: int, workers: int, workers_here: int, begun: float) -> None:
         from train import checkpoint, engine, models, state
-        from train.data import Sequences, total_steps
+        from train.data import Sequences, place, total_steps
         from train.storage import Storage
         from train.zero import micro_batches
 
@@ -87,8 +87,9 @@ class _Worker:
         self._import()
         self._mark("imports")
         self.run_folder = Storage.open(config.output).below(config.name)
-        self.data = Sequences.open(self.run_folder, task.train_data)
-        self.validation = Sequences.open(self.run_folder, task.validation_data) if task.validation_data else None
+        sequences = place(config.data, self.run_folder)
+        self.data = Sequences.open(sequences, task.train_data)
+        self.validation = Sequences.open(sequences, task.validation_data) if task.validation_data else None
         self.steps = total_steps(len(self.data), config.batch_size, config.epochs, config.max_steps)
         self.micro, self.accumulation = micro_batches(config, workers)
         self._mark("data")

@@ -23,7 +23,7 @@ from cluster.train_config import SearchRange, TrainConfig, TuneConfig
 Values = dict[str, Any]
 
 # What names, stores, prices or measures a run is no choice of a search; how long it trains is the scheduler's.
-FIXED = ("name", "output", "price", "checkpoint", "validate_every", "data.validation")
+FIXED = ("name", "output", "price", "checkpoint", "validate_every", "data.validation", "data.prepared")
 BUDGET = ("epochs", "max_steps")
 # A member of a population goes on from another's weights and optimizer state: only what does not change their shape may differ.
 POPULATION = ("optimizer.", "dpo_beta", "lora.dropout", "lora.alpha", "data.seed")

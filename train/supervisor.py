@@ -151,7 +151,7 @@ class Supervisor:
             _end_self()
 
     def _train(self) -> None:
-        from train.data import prepare, total_steps
+        from train.data import place, prepare, total_steps
         from train.models import base_folder
 
         config = self.config
@@ -163,10 +163,11 @@ class Supervisor:
             self._keep()
             self.log = RunLog(self.run, config.name)
         tokenizer = str(base_folder(config.base))
-        ready = prepare(config.data, config.objective, tokenizer, self.run, "train", self._say)
+        into = place(config.data, self.run)
+        ready = prepare(config.data, config.objective, tokenizer, into, "train", self._say)
         measured = None
         if config.data.validation:
-            measured = prepare(config.data, config.objective, tokenizer, self.run, "validation", self._say)
+            measured = prepare(config.data, config.objective, tokenizer, into, "validation", self._say)
         with self.lock:
             self.startup["data"] = round(time.monotonic() - self.begun, 3)
             self.steps = total_steps(ready.sequences, config.batch_size, config.epochs, config.max_steps)

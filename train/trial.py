@@ -47,7 +47,9 @@ def run_config(train: TrainConfig, tune: TuneConfig, ledger: Ledger, trial: Tria
         ConfigError: the schema refuses the values.
     """
     changed = search_space.apply(train, trial.values)
-    update: dict[str, Any] = {"name": trial.run, "output": ledger.runs().uri}
+    # The trials share their sequences: a key of everything that decides them keeps different ones apart.
+    data = changed.data.model_copy(update={"prepared": changed.data.prepared or ledger.folder.uri})
+    update: dict[str, Any] = {"name": trial.run, "output": ledger.runs().uri, "data": data}
     if tune.scheduler != "none":
         # A scheduler that may stop a trial after `grace_steps` has to see it then.
         update["validate_every"] = min(changed.validate_every, tune.grace_steps)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
 from cluster.errors import ConfigError, TrainError
+from cluster.session import session_of
 from cluster.train_config import TrainConfig, TuneConfig
 from train import search_report, search_space, suggest
 from train.trial import Runner, train_run, trainable
@@ -88,8 +89,11 @@ def tune(config: Config, *, say: Callable[[str], None], runner: Runner = train_r
         cpus = search.concurrent * train.scale.bounds[1] * train.scale.cpus_per_worker
         with connected(config, cpus, NAMESPACE):
             before = set(placement_groups())
+            prepare(ledger, train, say)
             _search(ledger, train, search, watch, runner)
             settle(before, say)
+    # Matplotlib keeps a list of fonts.
+    os.environ.setdefault("MPLCONFIGDIR", str(session_of(config).run_dir / "cache" / "matplotlib"))
     for line in search_report.write(ledger, train, search):
         say(line)
     trials = tuple(trial for trial in ledger.all() if trial.ended)
@@ -100,6 +104,17 @@ def tune(config: Config, *, say: Callable[[str], None], runner: Runner = train_r
     return Outcome(ledger.folder.uri, trials, best, watch.reason or "interrupted")
 
 
+def prepare(ledger: Ledger, train: TrainConfig, say: Callable[[str], None]) -> None:
+    """Prepare the data once for all trials, and find what is wrong with it before there are any."""
+    from train.data import place
+    from train.data import prepare as prepare_split
+    from train.models import base_folder
+
+    into, tokenizer = place(train.data, ledger.folder), str(base_folder(train.base))
+    prepare_split(train.data, train.objective, tokenizer, into, "train", say)
+    prepare_split(train.data, train.objective, tokenizer, into, "validation", say)
+
+
 def absolute(train: TrainConfig) -> TrainConfig:
     """The configuration with local paths made absolute: trials run in other folders, and so may best.yaml."""
 
@@ -107,7 +122,13 @@ def absolute(train: TrainConfig) -> TrainConfig:
         # `dataset:`, `scratch:` and URIs are no paths; a base that is no folder here is a repository's name.
         return path if ":" in path else str(Path(path).expanduser().absolute())
 
-    data = train.data.model_copy(update={name: tuple(map(whole, getattr(train.data, name))) for name in ("train", "validation")})
+    data = train.data.model_copy(
+        update={
+            "train": tuple(map(whole, train.data.train)),
+            "validation": tuple(map(whole, train.data.validation)),
+            "prepared": whole(train.data.prepared) if train.data.prepared else None,
+        }
+    )
     base = whole(train.base) if Path(train.base).expanduser().is_dir() else train.base
     return train.model_copy(update={"output": whole(train.output), "base": base, "data": data})
 

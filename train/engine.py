@@ -1,7 +1,7 @@
 """One worker's DeepSpeed engine: the process's environment, the device, `deepspeed.initialize`.
 
-What DeepSpeed is told is `train.zero`'s; what is done with the engine is `train.loop`'s. `prepare_process` must run before anything
-imports deepspeed. Called by the loop in each worker.
+What DeepSpeed is told is `train.zero`'s; what is done with the engine is `train.loop`'s. `prepare_process` must run before
+anything imports deepspeed. Called by the loop in each worker.
 """
 
 from __future__ import annotations

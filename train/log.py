@@ -1,8 +1,8 @@
 """What a run writes for people to look at: metrics.jsonl, TensorBoard's event files, Ray's metrics.
 
-All three hold one entry per optimizer step. metrics.jsonl is rewritten as a whole, since object stores cannot append, and the less
-often the longer it takes: at most a hundredth of the time. After a resume from step N the entries behind N are dropped: their steps
-are done again. Called by the supervisor, in its process.
+All three hold one entry per optimizer step. metrics.jsonl is rewritten as a whole, since object stores cannot append, and the
+less often the longer it takes: at most a hundredth of the time. After a resume from step N the entries behind N are dropped:
+their steps are done again. Called by the supervisor, in its process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What each worker of a run does: batches by step number, forward, backward, step, and now and then a validation or a checkpoint.
 
-`work` is Ray Train's `train_loop_per_worker`. A step's loss is the mean over all trained tokens (or pairs) of the whole global batch,
-whatever the number of workers and micro batches. On a GPU nothing waits for the device between two log points. Worker 0 tells the
-run's supervisor (`train.supervisor`) what happens; the other files it writes are checkpoints. It decides nothing about faults: it
-raises, or, for a mistake that a retry would repeat, tells the supervisor first.
+`work` is Ray Train's `train_loop_per_worker`. A step's loss is the mean over all trained tokens (or pairs) of the global batch,
+whatever the number of workers and micro batches. On a GPU nothing waits for the device between two log points. Worker 0 tells
+the run's supervisor (`train.supervisor`) what happens; the other files it writes are checkpoints. It decides nothing about
+faults: it raises, or, for a mistake that a retry would repeat, tells the supervisor first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import TidepoolError, TrainError
 from cluster.train_config import TrainConfig
 from train import losses
+from train.objective import Objective
 from train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def work(task: Task) -> None:
         return  # an attempt before this one failed for good; Ray Train need not know
     config = TrainConfig.model_validate(task.config)
     try:
-        _Worker(config, task, rank, workers, context.get_local_world_size(), begun).run()
+        Worker(config, task, rank, workers, context.get_local_world_size(), begun).run()
     except (TidepoolError, MemoryError, RuntimeError) as error:
         told = _final(error, config)
         if told is None:
@@ -72,8 +73,17 @@ def _final(error: BaseException, config: TrainConfig) -> str | None:
     return None
 
 
-class _Worker:
-    """One worker's state during one attempt."""
+class Worker:
+    """One worker's state during one attempt; all of them together make the engine, restore it and do the steps.
+
+    Args:
+        config: The run.
+        task: Its data, and whom to tell.
+        rank: Of this worker.
+        workers: Of this attempt.
+        workers_here: Those that share this machine's cores.
+        begun: When the attempt began, by `time.monotonic`.
+    """
 
     def __init__(self, config: TrainConfig, task: Task, rank: int, workers: int, workers_here: int, begun: float) -> None:
         from train import checkpoint, engine, models, state
@@ -91,12 +101,12 @@ class _Worker:
         self.data = Sequences.open(sequences, task.train_data)
         self.validation = Sequences.open(sequences, task.validation_data) if task.validation_data else None
         self.steps = total_steps(len(self.data), config.batch_size, config.epochs, config.max_steps)
-        self.micro, self.accumulation = micro_batches(config, workers)
+        self.micro, _ = micro_batches(config, workers)
         self._mark("data")
         self.device = engine.device_of(config)
         self.base = models.base_folder(config.base)
         model = models.build(config, self.base)
-        self.reference = self._reference(model)
+        self.objective = Objective(config, model, self.device)
         self._mark("model")
         self.engine = engine.start(config, model, workers, self.steps)
         self._mark("engine")
@@ -173,63 +183,23 @@ class _Worker:
         """Forward and backward of this worker's part of a batch, in micro batches, and the optimizer's step."""
         import torch
 
-        preference = self.config.objective == "dpo"
-        parts = [self._cut(arrays, at) for at in range(0, self.micro * self.accumulation, self.micro)]
-        tokens = sum(int(losses.lengths(part["labels"]).sum()) for part in parts)
-        trained = sum(int((part["labels"][:, 1:] != losses.IGNORED).sum()) for part in parts)
-        counts = torch.tensor([float(trained), float(tokens), self._asked_to_stop()], device=self.device, dtype=torch.float64)
+        parts = self.objective.parts(arrays, self.micro)
+        terms, tokens = (sum(column) for column in zip(*map(self.objective.counts, parts), strict=True))
+        counts = torch.tensor([float(terms), float(tokens), self._asked_to_stop()], device=self.device, dtype=torch.float64)
         counts = self._sum(counts)
         # DeepSpeed averages gradients over the workers; what is wanted is their sum, over one denominator.
-        scale = self.workers / (self.config.batch_size if preference else counts[0].clamp(min=1.0))
+        scale = self.workers / counts[0].clamp(min=1.0)
         if self.config.lora is not None and self.config.lora.dropout:
             torch.manual_seed(hash((self.config.seed, self.step, self.rank)) % 2**63)
         total = torch.zeros(2, device=self.device, dtype=torch.float64)
         for part in parts:
-            summed, right = self._loss(part)
+            summed, right = self.objective.loss(self.engine, part)
             self.engine.backward(summed * scale, scale_wrt_gas=False)
             self.engine.step()
             total += torch.stack([summed.detach().double(), right.detach().double()])
         norm = self.engine.get_global_grad_norm()
         norm = torch.as_tensor(norm if norm is not None else math.nan, device=self.device, dtype=torch.float64)
         self.pending.append((self.step + 1, rate, torch.cat([self._sum(total), counts, norm.reshape(1)])))
-
-    def _loss(self, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of a micro batch, and the number of pairs ranked right (dpo)."""
-        import torch
-
-        batch = {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in part.items()}
-        labels = batch.pop("labels")
-        logits = self.engine(**batch, use_cache=False).logits
-        if self.config.objective != "dpo":
-            return losses.token_losses(logits, labels).sum(), torch.zeros((), device=self.device)
-        with torch.no_grad():
-            reference = losses.sequence_log_probs(self._reference_logits(batch), labels)
-        each, right = losses.preference_losses(losses.sequence_log_probs(logits, labels), reference, self.config.dpo_beta)
-        return each.sum(), right.sum()
-
-    def _reference(self, model: torch.nn.Module) -> Any:
-        """The frozen model of dpo: a copy, or nothing where adapters can be turned off instead."""
-        import copy
-
-        import torch
-
-        if self.config.objective != "dpo" or self.config.lora is not None:
-            return None
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.precision]
-        frozen = copy.deepcopy(model).to(device=self.device, dtype=dtype).eval()
-        return frozen.requires_grad_(False)
-
-    def _reference_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self.reference is not None:
-            logits: torch.Tensor = self.reference(**batch, use_cache=False).logits
-            return logits
-        with self.engine.module.disable_adapter():
-            logits = self.engine(**batch, use_cache=False).logits
-        return logits
-
-    def _cut(self, arrays: losses.Arrays, at: int) -> dict[str, Any]:
-        part = {name: array[at : at + self.micro] for name, array in arrays.items()}
-        return losses.trimmed(losses.pairs(part) if self.config.objective == "dpo" else part)
 
     def _validate(self) -> None:
         """Mean loss over all validation sequences; every worker does as many forward passes as the others."""
@@ -249,15 +219,10 @@ class _Worker:
                 for name, array in arrays.items():
                     if name.endswith("labels"):
                         array[wanted >= count] = losses.IGNORED
-                part = losses.trimmed(losses.pairs(arrays) if self.config.objective == "dpo" else arrays)
-                real = int((wanted < count).sum())
-                summed, _ = self._loss(part)
-                if self.config.objective == "dpo":
-                    # A pair without labels has a margin of zero.
-                    summed, weight = summed - (self.micro - real) * math.log(2.0), float(real)
-                else:
-                    weight = float((part["labels"][:, 1:] != losses.IGNORED).sum())
-                total += torch.stack([summed.double(), torch.tensor(weight, device=self.device, dtype=torch.float64)])
+                (part,) = self.objective.parts(arrays, self.micro)
+                summed, _ = self.objective.loss(self.engine, part)
+                terms = torch.tensor(self.objective.counts(part)[0], device=self.device, dtype=torch.float64)
+                total += torch.stack([summed.double(), terms])
         self.engine.train()
         summed, weight = self._sum(total).tolist()
         loss = summed / max(1.0, weight)
@@ -278,19 +243,19 @@ class _Worker:
         each_s = (now - at) / max(1, self.step - since)
         self.window = (self.step, now)
         lines = []
-        for (step, rate, _), (summed, right, trained, tokens, stop, norm) in zip(self.pending, rows, strict=True):
+        for (step, rate, _), (summed, right, terms, tokens, stop, norm) in zip(self.pending, rows, strict=True):
             self.stopping = self.stopping or stop > 0
-            loss = summed / (self.config.batch_size if self.config.objective == "dpo" else max(1.0, trained))
+            loss = summed / max(1.0, terms)
             self._number(loss, step, "loss")
             if self.config.precision != "fp16" and not math.isnan(norm):  # fp16 skips such a step by itself
                 self._number(norm, step, "gradient norm")
             line = {
                 "step": step, "epoch": round(step * self.config.batch_size / len(self.data), 4), "loss": loss, "lr": rate,
-                "grad_norm": None if math.isnan(norm) else norm, "tokens_per_s": tokens / each_s, "trained_tokens": int(trained),
+                "grad_norm": None if math.isnan(norm) else norm, "tokens_per_s": tokens / each_s, "terms": int(terms),
                 "step_s": each_s, "workers": self.workers,
             }  # fmt: skip
             if self.config.objective == "dpo":
-                line["accuracy"] = right / self.config.batch_size
+                line["accuracy"] = right / max(1.0, terms)
             lines.append(line)
         self.last_loss = lines[-1]["loss"]
         self.pending.clear()

@@ -1,8 +1,8 @@
 """The whole state of a DeepSpeed engine as full fp32 tensors by name, and back, for every ZeRO stage.
 
-`gather` is called by all workers together; each keeps the tensors it will write. `restore` puts them into an engine of any stage on
-any number of workers. Both use DeepSpeed's public `safe_get_*` / `safe_set_*` and, for ZeRO 0, the plain optimizer. What it does not
-hold is the place in the data: that follows from the step's number. Called by `train.loop`.
+`gather` is called by all workers together; each keeps the tensors it will write. `restore` puts them into an engine of any
+stage on any number of workers. Both use DeepSpeed's public `safe_get_*` / `safe_set_*` and, for ZeRO 0, the plain optimizer.
+What it does not hold is the place in the data: that follows from the step's number. Called by `train.loop`.
 """
 
 from __future__ import annotations

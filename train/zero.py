@@ -3,7 +3,7 @@
 Two kinds of mixed precision come out of it: with ZeRO 1 to 3 the weights are bf16 or fp16 and DeepSpeed keeps fp32 masters beside
 them; with ZeRO 0, where DeepSpeed has no masters that could be read back, the weights stay fp32 and torch's autocast computes in
 the lower precision. The learning rate is set by the loop (`train.schedule`); DeepSpeed's schedulers are not used.
-Imports neither torch nor deepspeed. Called by `train.engine` and `train.run`, which checks a configuration before anything starts.
+Imports neither torch nor deepspeed. Called by `train.engine` and by `train.run`, which checks a configuration before all else.
 """
 
 from __future__ import annotations

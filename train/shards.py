@@ -15,13 +15,13 @@ import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.errors import DataError
+from cluster.errors import DataError, TrainError
 from cluster.train_config import DataConfig, Objective
 from train.dialogues import Encoder, tokenizer_identity
 from train.packing import Flagged, Packer, trained_tokens
@@ -206,15 +206,27 @@ class Task:
     work: Work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`{"group", "pieces"}` to `{"group", "counted"}`, pieces pickled, counts as JSON."""
+        """`{"group", "pieces"}` to `{"counted", "failed"}`: pieces pickled, counts as JSON, and the text of an error of writing.
+
+        The error does not pass Ray Data as an exception: it would come out wrapped, and after a stack trace on the terminal.
+        """
         encoder = _encoder(_Files(self.tokenizer), self.work.objective, self.work.max_length, self.work.too_long)
-        counted = run(row["group"], pickle.loads(row["pieces"]), encoder, self.work)
-        return {"group": row["group"], "counted": json.dumps(asdict(counted))}
+        try:
+            counted = run(row["group"], pickle.loads(row["pieces"]), encoder, self.work)
+        except TrainError as error:
+            return {"counted": "", "failed": str(error)}
+        return {"counted": json.dumps(vars(counted)), "failed": ""}
 
 
-def counted_of(text: str) -> Counted:
-    """The counts that a `Task` gave."""
-    values = json.loads(text)
+def counted_of(row: dict[str, Any]) -> Counted:
+    """The counts that a `Task` gave.
+
+    Raises:
+        TrainError: it could not write.
+    """
+    if row["failed"]:
+        raise TrainError(row["failed"])
+    values = json.loads(row["counted"])
     values["lengths"] = Counter({int(length): rows for length, rows in values["lengths"].items()})
     values["shards"] = [(name, sequences) for name, sequences in values["shards"]]
     return Counted(**values)

@@ -50,11 +50,12 @@ def ray_(in_process: dict[str, bytes]) -> Iterator[Any]:
     import ray
 
     # Ray's sockets need a short path.
-    home = tempfile.mkdtemp(prefix="tpd")
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=home, object_store_memory=100 * 2**20, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
-    shutil.rmtree(home, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="tpd", ignore_cleanup_errors=True) as home:
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=home, object_store_memory=100 * 2**20, logging_level="ERROR")
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def dialogue(question: str, answer: str) -> str:

@@ -119,6 +119,7 @@ class Writer:
         attempt: The same for all workers of this start of the run and for no other, so that files of a killed save are not
             taken for new ones.
         committed: Told of each whole checkpoint, on worker 0, from the thread.
+        file_bytes: About how large a file gets; a larger state is several files.
     """
 
     def __init__(
@@ -129,9 +130,12 @@ class Writer:
         workers: int,
         attempt: str,
         committed: Callable[[Checkpoint], None],
+        *,
+        file_bytes: int = FILE_BYTES,
     ) -> None:
         self.home = run.below(FOLDER)
         self.config, self.rank, self.workers, self.attempt, self.committed = config, rank, workers, attempt, committed
+        self.file_bytes = file_bytes
         self.thread: threading.Thread | None = None
         self.failed: TidepoolError | None = None
         self.known = stored(run) if rank == 0 else []
@@ -181,7 +185,7 @@ class Writer:
         home = self.home.below(checkpoint.folder)
         written: list[str] = []
         size = 0
-        for number, part in enumerate(_parts(tensors)):
+        for number, part in enumerate(_parts(tensors, self.file_bytes)):
             data = save(part)
             written.append(f"{self.attempt}-{self.rank:05d}-{number:03d}.safetensors")
             home.write_bytes(written[-1], data)
@@ -227,12 +231,12 @@ def _mark(attempt: str, rank: int) -> str:
     return f"{attempt}-{rank:05d}.json"
 
 
-def _parts(tensors: Tensors) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in groups of at most about `FILE_BYTES`; one empty group when there are none."""
+def _parts(tensors: Tensors, limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in groups of at most about `limit` bytes; one empty group when there are none."""
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if part and size + tensor.nbytes > FILE_BYTES:
+        if part and size + tensor.nbytes > limit:
             yield part
             part, size = {}, 0
         part[name] = tensor

@@ -22,8 +22,8 @@ def test_the_named_configurations_are_shipped():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_loads_and_its_first_line_is_its_command(path):
     config = load(path)
-    assert config.models
-    assert f"python -m cluster up configs/{path.name}" in path.read_text().splitlines()[0]
+    command = "cluster up" if config.models else "train tune" if config.tune else f"train {config.train.objective}"
+    assert f"python -m {command} configs/{path.name}" in path.read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -59,7 +59,7 @@ def test_a_model_with_a_mistake_is_still_a_model():
     with pytest.raises(ConfigError) as caught:
         parse({"models": [{"id": "m", "typo": 1}]})
     assert str(caught.value) == "config: models.0.typo: unknown key"
-    with pytest.raises(ConfigError, match="models: Tuple should have at least 1 item"):
+    with pytest.raises(ConfigError, match="write at least one of 'models'"):
         parse({"models": []})
 
 

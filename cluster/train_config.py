@@ -1,7 +1,7 @@
 """The `train` and `tune` parts of a configuration file: what is trained, on what, how, and what is searched.
 
-Part of the one configuration model (`config.py`), in a file of its own because it is long. It decides nothing: `train.zero` turns it
-into DeepSpeed's JSON, `train.run` into a run. Imports neither torch nor ray.
+Part of the one configuration model (`config.py`), in a file of its own because it is long. It decides nothing: `train.zero`
+turns it into DeepSpeed's JSON, `train.run` into a run. Imports neither torch nor ray.
 
 Units: tokens, steps and seconds as named; prices in US dollars.
 """
@@ -137,7 +137,8 @@ class TrainConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Names the run; the same name resumes it.")
     objective: Objective = "sft"
     base: str = Field(
-        description="Hugging Face repository or folder to start from, or `scratch:chat`: the embedded model's shape, random weights."
+        description="Hugging Face repository or folder to start from, or `scratch:chat`: the embedded model's shape, "
+        "random weights."
     )
     output: Uri = Field("run/train", description="Local folder or pyarrow.fs URI; a run writes below `<output>/<name>`.")
     data: DataConfig
@@ -171,7 +172,8 @@ class TrainConfig(Section):
             share = self.batch_size // workers
             if self.micro_batch_size and share % self.micro_batch_size:
                 raise ValueError(
-                    f"{workers} workers do {share} sequences each per step, which micro_batch_size {self.micro_batch_size} does not divide"
+                    f"{workers} workers do {share} sequences each per step, "
+                    f"which micro_batch_size {self.micro_batch_size} does not divide"
                 )
         if self.precision == "fp16" and self.scale.device == "cpu":
             raise ValueError("precision fp16 needs device gpu; use bf16 or fp32 on cpu")

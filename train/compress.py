@@ -126,6 +126,8 @@ def _compressed(
         raise TrainError(
             f"{original}: is no causal language model that can be loaded: {' '.join(str(error).split())[:200]}"
         ) from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise TrainError(f"{original}: is quantized already; start from the unquantized model")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     batches = [sample.ids for sample in calibration]
     done: dict[str, Any] = {"calibration_rows": len(batches), "calibration_tokens": sum(map(len, batches))}

@@ -49,8 +49,6 @@ def quantize(model: Any, method: str, batches: Batches, say: Callable[[str], Non
     """
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise TrainError(f"--method {method}: the model is quantized already; start from the unquantized one")
     linears = linear_layers(model)
     scheme = _scheme(method, linears)
     scales: Scales = {}

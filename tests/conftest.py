@@ -1,0 +1,31 @@
+"""A model that is small enough for every test: Llama's layout, the embedded tokenizer and chat template, random weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder: 3 layers, hidden size 64, 128 neurons, 2 heads of 32, 1 key-value head, fp32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train.models import base_folder
+
+    torch.set_num_threads(1)  # more only get in each other's way with so small a model
+    scratch = base_folder("scratch:chat")
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    for pattern in ("tokenizer*", "*.jinja"):
+        for file in scratch.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(scratch, **shape, **heads, initializer_range=0.1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder

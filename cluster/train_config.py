@@ -23,7 +23,8 @@ class DataConfig(Section):
 
     train: tuple[Uri, ...] = Field(
         min_length=1,
-        description="Files, folders or globs of .jsonl or .parquet, local or pyarrow.fs URIs; `dataset:assistant/train` is shipped.",
+        description="Files, folders or globs of .jsonl or .parquet, local or pyarrow.fs URIs; "
+        "`dataset:assistant/train` is shipped.",
     )
     validation: tuple[Uri, ...] = Field((), description="The same for validation; without it there is no validation loss.")
     prepared: Uri | None = Field(

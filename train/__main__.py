@@ -40,10 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--checkpoint", type=int, metavar="N", help="its step; default the newest")
     command.add_argument("out", metavar="OUT", help="folder or pyarrow.fs URI")
     command.set_defaults(run=_export)
-    from train import compress, merge
+    from train import assistant, compress, evaluate, merge
 
     compress.add_parser(commands)
     merge.add_parser(commands)
+    assistant.add_parser(commands)
+    evaluate.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args) or 0)

@@ -1,13 +1,13 @@
 """The customer-service data set: what the embedded default model is trained on and measured with.
 
-`python -m train data assistant OUT` writes `train.parquet` and `heldout.parquet`; the files in `datasets/assistant` are its output.
-One dialogue per row, made from the wordings of `wordings` by a seeded draw, so the same source gives the same rows anywhere. The
-held-out split has wordings, greetings and replies that training never has; values (numbers, dates, cities) are drawn anew for both.
+`python -m train data assistant OUT` writes `train.parquet` and `heldout.parquet`; those in `datasets/assistant` are its output.
+One dialogue per row, made from the wordings of `wordings` by a seeded draw, so the same source gives the same rows anywhere.
+The held-out split has wordings, greetings and replies that training never has; values (numbers, dates, cities) are drawn anew.
 Training rows are also noisy: typing errors, lost words, lower case, missing punctuation. Rows of `assistant_extras` (tools, JSON)
 are in training only. It trains nothing and knows nothing of tokens; called by `train.__main__` and by tests.
 
-Columns: messages (list of {role, content}), tools (JSON text or empty), intent, language, turns, slots (JSON object), template (id of
-the question's wording), expected (the whole right answer).
+Columns: messages (list of {role, content}), tools (JSON text or empty), intent, language, turns, slots (JSON), template (id
+of the question's wording), expected (the whole right answer).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Writer:
         return [*messages, {"role": "assistant", "content": answer}], slots
 
     def _typed(self, text: str, slots: dict[str, str], *, plain: bool) -> str:
-        """A question as a customer types it: with a greeting, an ending, and in training with mistakes; values stay as they are."""
+        """A question as it is typed: with a greeting, an ending, and in training with slips; values stay as they are."""
         draw, words = self.draw, talk(self.language)
         prefix = "" if self.split == "train" else "heldout_"
         if self.split == "train" and draw.random() < 0.25:
@@ -195,7 +195,7 @@ def write(folder: Path) -> dict[str, int]:
         [("messages", pa.list_(message)), ("tools", pa.string()), ("turns", pa.int8()), *[(n, pa.string()) for n in texts]]
     )
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {}
+    counts: dict[str, int] = {}
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         made = rows(split)

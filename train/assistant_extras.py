@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from train.wordings import LANGUAGES, Language, value
 
 Messages = list[dict[str, str]]
-COUNT = 150  # rows of each kind and language
+TOOL_CALLS, OBJECTS = 50, 80  # rows of each kind, per language
 
 # Name of the tool, name of its argument, slot that fills it, and questions that call it.
 TOOLS: dict[str, tuple[str, str, dict[Language, tuple[str, ...]]]] = {
@@ -51,14 +51,15 @@ JSON_WORDS: dict[Language, tuple[str, ...]] = {
 def extras(draw: random.Random) -> Iterator[tuple[Messages, str, Language, str]]:
     """Messages, intent (`tool_call` or `json`), language, and the tools as JSON text."""
     for language in LANGUAGES:
-        for _ in range(COUNT):
+        for _ in range(TOOL_CALLS):
             yield _tool_call(language, draw)
+        for _ in range(OBJECTS):
             yield _json(language, draw)
 
 
 def _tool(name: str) -> dict[str, object]:
     argument = TOOLS[name][0]
-    parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    parameters = {"type": "object", "properties": {argument: {"type": "string"}}}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 

@@ -1,6 +1,6 @@
 """What a run used and what that costs, and the planning formula beside it.
 
-Pure arithmetic, and `write`, which keeps both in a run's `cost.json`. It measures nothing: `train.run` counts, and `train.tune`
+Pure arithmetic, and `write`, which keeps both in a run's `cost.json`. It measures nothing: `train.meter` counts, and `train.tune`
 adds up the trials of a search. Prices come from the configuration (`train.price`) and are 0 unless written there.
 
 Units: seconds, bytes (a GB is 10^9 of them, as clouds bill), US dollars; a month has 730 hours.
@@ -158,14 +158,14 @@ def document(usage: Usage, price: ComputePrice) -> dict[str, Any]:
 
 
 def write(into: Store, usage: Usage, price: ComputePrice) -> dict[str, Any]:
-    """Add what an attempt used to the run's `cost.json` and return the document.
+    """Write the run's `cost.json` and return the document.
 
     Args:
         into: The run's folder.
-        usage: Of this attempt alone; a resumed run has the earlier attempts in the file already.
+        usage: Of all starts of the run: `read` before the first write, plus this start's.
         price: As configured now.
     """
-    made = document(read(into) + usage, price)
+    made = document(usage, price)
     into.write_bytes(FILE, json.dumps(made, indent=2).encode())
     return made
 

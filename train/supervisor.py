@@ -19,6 +19,7 @@ from cluster.errors import TidepoolError
 from cluster.train_config import TrainConfig
 from train.checkpoint import Checkpoint
 from train.log import RunLog
+from train.meter import Meter
 from train.storage import Storage
 
 RUN = "run.json"
@@ -52,6 +53,7 @@ class Supervisor:
         self.log: RunLog | None = None
         self.news: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self.told = 0
+        self.meter: Meter | None = None
         self.book: dict[str, Any] = {}
         threading.Thread(target=self._work, name="run", daemon=True).start()
 
@@ -93,6 +95,8 @@ class Supervisor:
             self.log.rewind(step)
             attempt = {"at": time.time(), "workers": workers, "from_step": step, "steps": steps, "seconds": seconds}
             self.book.setdefault("attempts", []).append(attempt)
+            if self.meter is not None:
+                self.meter.holds(workers)
             self._keep()
             self.said.append(f"{workers} worker{'s' if workers > 1 else ''}, step {step} of {steps}")
 
@@ -110,6 +114,8 @@ class Supervisor:
         with self.lock:
             self._announce(lines)
             self._told(lambda log: log.add(lines))
+            if self.meter is not None:
+                self.meter.stepped(lines)
             return self.fatal is not None
 
     def measured(self, step: int, loss: float) -> None:
@@ -126,6 +132,7 @@ class Supervisor:
             self.book["checkpoint_bytes"] = self.book.get("checkpoint_bytes", 0) + made.bytes
             self._told(lambda log: log.flush())
             self._keep()
+            self._cost(made.bytes)
 
     def ended(self, step: int) -> None:
         """All steps are done and exported."""
@@ -162,7 +169,9 @@ class Supervisor:
             self.book.setdefault("started", time.time())
             self._keep()
             self.log = RunLog(self.run, config.name)
-        tokenizer = str(base_folder(config.base))
+        base = base_folder(config.base)
+        self.meter = Meter(config, self.run, base)
+        tokenizer = str(base)
         into = place(config.data, self.run)
         ready = prepare(config.data, config.objective, tokenizer, into, "train", self._say)
         measured = None
@@ -171,6 +180,8 @@ class Supervisor:
         with self.lock:
             self.startup["data"] = round(time.monotonic() - self.begun, 3)
             self.steps = total_steps(ready.sequences, config.batch_size, config.epochs, config.max_steps)
+            self.meter.read(ready.bytes_read, into.size(ready.path) / ready.sequences)
+            self.meter.holds(config.scale.bounds[1])
             self.book["data"] = {"sequences": ready.sequences, "tokens": ready.tokens, "trained_tokens": ready.trained_tokens}
         self._fit(ready.path, measured.path if measured else None)
 
@@ -227,6 +238,7 @@ class Supervisor:
             if self.fatal is None:
                 self.book["result"] = self._result()
             self._keep()
+            self._cost()
             self.done = True
 
     def _result(self) -> dict[str, Any]:
@@ -260,6 +272,17 @@ class Supervisor:
     def _say(self, text: str) -> None:
         with self.lock:
             self.said.append(text)
+
+    def _cost(self, saved: int = 0) -> None:
+        """Bring cost.json up to date; a checkpoint of `saved` bytes was written."""
+        if self.meter is None:
+            return
+        if saved:
+            self.meter.saved(saved)
+        try:
+            self.meter.write()
+        except TidepoolError as error:
+            self.said.append(f"cost.json not written: {error}")
 
     def _keep(self) -> None:
         try:

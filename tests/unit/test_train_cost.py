@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from cluster.train_config import ComputePrice, ScaleConfig
+from cluster.train_config import ComputePrice, ScaleConfig, TrainConfig
 from train import cost
 from train.cost import Point, Usage
+from train.meter import Meter
+from train.storage import Storage
 
 PRICE = ComputePrice(cpu_hour=0.04, gpu_hour=2.0, storage_gb_month=0.02, read_gb=0.01)
 
@@ -71,7 +73,7 @@ def test_nothing_used_costs_nothing():
 def test_a_resumed_run_adds_up():
     folder = Folder()
     cost.write(folder, usage(), PRICE)
-    made = cost.write(folder, usage(stored_bytes=6 * 10**9), PRICE)
+    made = cost.write(folder, cost.read(folder) + usage(stored_bytes=6 * 10**9), PRICE)
     assert json.loads(folder["cost.json"]) == made
     assert made["usage"]["seconds"] == 14400 and made["usage"]["bytes_read"] == 6 * 10**9
     # What is kept and how large the model is are no sums.
@@ -97,3 +99,28 @@ def test_one_more_trial_pays_while_the_loss_falls():
     assert not worth and said.startswith("one more trial no longer pays: the last 3 gained 0 per unit spent, the search 0.8")
     assert cost.pays(points(1.0, 1.0, 1.0, 1.0)) == (False, "no trial was better than the first; 4 are enough to think about the "
                                                      "space again")  # fmt: skip
+
+
+def test_a_run_is_metered_over_its_starts_and_sizes(tmp_path):
+    config = TrainConfig.model_validate({
+        "name": "r", "base": "scratch:chat", "data": {"train": ["a"]}, "batch_size": 4, "precision": "fp32",
+        "scale": {"device": "cpu", "workers": (1, 2), "cpus_per_worker": 2}, "price": {"cpu_hour": 3.6},
+    })  # fmt: skip
+    run, clock = Storage.open(str(tmp_path / "r")), iter((0.0, 5.0, 15.0, 25.0, 0.0, 10.0, 20.0, 30.0))
+    meter = Meter(config, run, None, lambda: next(clock))
+    meter.read(1000, sequence_bytes=100)
+    meter.holds(2)  # at 5 s
+    meter.holds(1)  # at 15 s: one was lost
+    meter.stepped([{"step_s": 2.0}, {"step_s": 3.0}])
+    meter.saved(1200)
+    used = meter.write()["usage"]  # at 25 s
+    assert (used["seconds"], used["cpu_seconds"], used["step_seconds"]) == (25, 2 * 2 * 10 + 1 * 2 * 10, 5)
+    assert (used["bytes_read"], used["checkpoint_bytes"], used["model_bytes"]) == (1000 + 2 * 4 * 100, 1200, 400)
+    run.write_bytes("checkpoints/x", b"1" * 50)
+    again = Meter(config, run, None, lambda: next(clock))
+    again.holds(1)
+    again.holds(0)
+    made = again.write()
+    assert (made["usage"]["seconds"], made["usage"]["cpu_seconds"]) == (25 + 30, 60 + 20)
+    assert made["usage"]["stored_bytes"] > 50 and made["usage"]["model_bytes"] == 400
+    assert made["measured_usd"]["total"] == pytest.approx(80 * 0.001)

@@ -101,6 +101,8 @@ def _check(wanted: TrainConfig) -> int:
 def _tune(args: argparse.Namespace) -> int:
     from train.tune import tune
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     tune(load(args.config, args.set), say=lambda text: print(text, flush=True))
     return 0
 

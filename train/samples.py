@@ -1,7 +1,8 @@
 """A few rows of a data set as token ids: to calibrate a compression with, and to see what it cost.
 
-`read_samples` draws rows with a fixed seed and splits each into prompt and last answer. Training's own way (all rows, packed, in
-order) is `train.data`; this one is for a hundred rows in one process. Called by `compress`.
+`read_samples` draws rows with a fixed seed and splits each into prompt and last answer, by the tokens that training puts loss on.
+Training's own way (all rows, packed, in order) is `train.data`; this one is for a hundred rows in one process. Called by
+`compress`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DataError
-from train.dialogues import load_tokenizer
-from train.rows import Dialogue, Row, RowError, parse
+from cluster.train_config import Objective
+from train.dialogues import Encoder
+from train.packing import ID, TRAINED
+from train.rows import Row, RowError, parse
 from train.sources import find, groups, read, where
 
 COLUMNS = ("messages", "tools", "text", "expected")
@@ -48,7 +51,6 @@ def read_samples(addresses: Sequence[str], model: Path, rows: int, max_length: i
     Raises:
         DataError: A row cannot be used, or none is left.
     """
-    tokenizer = load_tokenizer(model)
     drawn: list[tuple[Row, str | None]] = []
     draw = random.Random(0)
     for number, row in enumerate(_rows(addresses)):
@@ -58,10 +60,15 @@ def read_samples(addresses: Sequence[str], model: Path, rows: int, max_length: i
             drawn.append(row)
         elif (place := draw.randint(0, number)) < rows:
             drawn[place] = row
-    samples = [sample for row, expected in drawn if (sample := _sample(tokenizer, row, expected, max_length)).answer]
+    encoders = {kind: Encoder(model, kind, max_length, "truncate") for kind in {_kind(row) for row, _ in drawn}}
+    samples = [sample for row, expected in drawn if (sample := _sample(encoders[_kind(row)], row, expected)) is not None]
     if not samples:
         raise DataError(f"{', '.join(addresses)}: no row has an answer within {max_length} tokens")
     return samples
+
+
+def _kind(row: Row) -> Objective:
+    return "pretrain" if isinstance(row, str) else "sft"
 
 
 def _rows(addresses: Sequence[str]) -> Iterator[tuple[Row, str | None]]:
@@ -72,7 +79,7 @@ def _rows(addresses: Sequence[str]) -> Iterator[tuple[Row, str | None]]:
                     raise raw
                 row = raw if isinstance(raw, dict) else _object(raw)
                 plain = row.get("messages") is None and row.get("text") is not None
-                yield parse(raw, "pretrain" if plain else "sft"), row.get("expected")
+                yield parse(raw, "pretrain" if plain else "sft"), row.get("expected") or None
             except RowError as error:
                 raise DataError(f"{where(piece, number)}: {error}") from error
 
@@ -86,26 +93,20 @@ def _object(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _sample(tokenizer: Any, row: Row, expected: str | None, max_length: int) -> Sample:
-    if isinstance(row, str):
-        # The first token has nothing before it to be foretold from.
-        ids = tuple(tokenizer(row)["input_ids"][:max_length])
-        return Sample(ids[:1], ids[1:], expected)
-    dialogue = row[0]
-    last = max(index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant")
-    prompt = _rendered(tokenizer, dialogue, last, generate=True)
-    whole = _rendered(tokenizer, dialogue, last + 1, generate=False)
-    # Some templates write a turn differently once it is answered: the answer begins where the two part.
-    shared = next((at for at, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt))
-    return Sample(tuple(whole[:shared]), tuple(whole[shared:max_length]), expected)
-
-
-def _rendered(tokenizer: Any, dialogue: Dialogue, messages: int, *, generate: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        list(dialogue.messages[:messages]),
-        tools=list(dialogue.tools) or None,
-        add_generation_prompt=generate,
-        tokenize=False,
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def _sample(encoder: Encoder, row: Row, expected: str | None) -> Sample | None:
+    """The last run of tokens that training would put loss on, and what is before it; None when the cut leaves none."""
+    (encoded,) = encoder.encode([row])
+    if isinstance(encoded, RowError):
+        raise DataError(f"a row of the sample {encoded}")
+    if not encoded.streams:
+        return None
+    flagged = encoded.streams[0][0]
+    ids = [int(token) for token in flagged & ID]
+    trained = [bool(token) for token in flagged & TRAINED]
+    # The first token of a text has nothing before it to be foretold from.
+    trained[0] = False
+    if True not in trained:
+        return None
+    end = len(trained) - trained[::-1].index(True)
+    start = next((at for at in range(end, 0, -1) if not trained[at - 1]), 0)
+    return Sample(tuple(ids[:start]), tuple(ids[start:end]), expected)

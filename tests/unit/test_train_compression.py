@@ -163,7 +163,7 @@ def test_samples_are_prompt_and_answer(tiny_llama, rows, tmp_path):
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "The order left."}\n')
     (text,) = read_samples([str(plain)], tiny_llama, 10, 200)
-    assert tokenizer.decode(text.ids) == "The order left." and len(text.prompt) == 1
+    assert tokenizer.decode(text.ids, skip_special_tokens=True) == "The order left." and len(text.prompt) == 1
     with pytest.raises(DataError, match="no row has an answer within 4 tokens"):
         read_samples([str(rows)], tiny_llama, 10, 4)
     plain.write_text('{"text": "The order left."}\nnonsense\n')

@@ -19,6 +19,7 @@ from cluster.train_config import TrainConfig
 from train import losses
 from train.objective import Objective
 from train.schedule import learning_rate
+from train.supervisor import LESS_MEMORY
 
 if TYPE_CHECKING:
     import torch
@@ -51,25 +52,21 @@ def work(task: Task) -> None:
     try:
         Worker(config, task, rank, workers, context.get_local_world_size(), begun).run()
     except (TidepoolError, MemoryError, RuntimeError) as error:
-        told = _final(error, config)
+        told = final(error, config)
         if told is None:
             raise
         ray.get(task.supervisor.fail.remote(told))
         raise TrainError(told) from error
 
 
-def _final(error: BaseException, config: TrainConfig) -> str | None:
+def final(error: BaseException, config: TrainConfig) -> str | None:
     """The line for a failure that would come again; None for one that a new start may get over."""
     import torch
 
     if isinstance(error, TidepoolError):
         return str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        where = "GPU" if config.scale.device == "gpu" else "main"
-        return (
-            f"out of {where} memory; lower train.micro_batch_size or train.data.max_length, turn on "
-            "train.activation_checkpointing, or raise train.zero.stage"
-        )
+        return f"out of {'GPU' if config.scale.device == 'gpu' else 'main'} memory; {LESS_MEMORY}"
     return None
 
 

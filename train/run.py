@@ -91,6 +91,8 @@ def train(
         max_restarts=-1 if detached else 0,
     )
     supervisor = actor.remote(config.model_dump(mode="json"), detached, before or {})
+    if not ray.get(supervisor.same.remote(config.model_dump(mode="json"))):
+        raise TrainError(f"{config.name}: a run of this name is going on with another configuration; wait, or change train.name")
     leave = False
     try:
         result = _follow(config, supervisor, say, on_step, stop)

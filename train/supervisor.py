@@ -25,6 +25,9 @@ from train.storage import Storage
 RUN = "run.json"
 LINGER_S = 60.0  # a finished run stays this long for a command that wants its result
 KEPT = 4096  # newest lines of metrics that a command can still ask for; all are in metrics.jsonl
+LESS_MEMORY = (
+    "lower train.micro_batch_size or train.data.max_length, turn on train.activation_checkpointing, or raise train.zero.stage"
+)
 NAMESPACE = "tidepool-train"
 
 
@@ -73,6 +76,10 @@ class Supervisor:
         if news["done"]:
             self.read.set()
         return news
+
+    def same(self, config: dict[str, Any]) -> bool:
+        """Whether this is the run of a configuration."""
+        return self.config == TrainConfig.model_validate(config)
 
     def stop(self) -> None:
         """End the run after the step that is being done; workers that are only starting do none."""
@@ -167,6 +174,7 @@ class Supervisor:
         with self.lock:
             self.book = {**old, "config": config.model_dump(mode="json"), "state": "running", "error": None, "result": None}
             self.book.setdefault("started", time.time())
+            self.book.pop("ended", None)
             self._keep()
             self.log = RunLog(self.run, config.name)
         base = base_folder(config.base)
@@ -217,6 +225,7 @@ class Supervisor:
                 storage_path=self.run.root,
                 storage_filesystem=self.run.filesystem,
                 failure_config=FailureConfig(max_failures=scale.max_failures),
+                callbacks=[_watch(task.supervisor)],
             ),
         )
         self.startup["supervisor"] = round(time.monotonic() - self.begun - self.startup.get("data", 0.0), 3)
@@ -289,6 +298,19 @@ class Supervisor:
             self.run.write_json(RUN, self.book)
         except TidepoolError as error:
             self.said.append(f"run.json not written: {error}")
+
+
+def _watch(supervisor: Any) -> Any:
+    """What Ray Train's controller calls when workers die: some deaths would come again with every new start."""
+    from ray.train import UserCallback
+
+    class Watch(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if any("running low on memory" in str(error) for error in worker_exceptions.values()):
+                line = f"a worker was ended because its node ran out of memory; {LESS_MEMORY}"
+                supervisor.fail.remote(line)
+
+    return Watch()
 
 
 def _end_self() -> None:

@@ -93,6 +93,8 @@ def check(config: TrainConfig, say: Say, folder: Path | None = None) -> Report:
     cpu, gpu = cost.held(config.scale, config.scale.bounds[1], seconds)
     usage = cost.Usage(seconds=seconds, cpu_seconds=cpu, gpu_seconds=gpu)
     report = Report(tuple(splits), steps, seconds, cost.cost(usage, config.price).total, basis)
+    if not steps:
+        return report
     say(f"steps       {steps:,} of {config.batch_size} sequences")
     price = f"${report.dollars:.2f}" if config.price != ComputePrice() else "unknown (train.price is not set)"
     say(f"estimate    {_duration(seconds)}, cost {price}; {basis}")

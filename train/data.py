@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -145,8 +146,14 @@ def counts(
     dataset.context.execution_options.preserve_order = True  # so that the first mistake is always the same one
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
-    for row in dataset.iter_rows():
-        yield shards.counted_of(row)
+    log = logging.getLogger("ray.data")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it is doing is told by `say`
+    try:
+        for row in dataset.iter_rows():
+            yield shards.counted_of(row)
+    finally:
+        log.setLevel(level)
 
 
 def _key(files: Sequence[sources.SourceFile], tokenizer: dict[str, bytes], work: shards.Work, group_bytes: int) -> str:

@@ -14,7 +14,7 @@ What vLLM 0.29 runs (a CPU without AMX here; GPUs by its list of kernels):
 | method | CPU | GPU |
 | --- | --- | --- |
 | int8 | yes | yes |
-| int4, gptq, awq | yes, computing in bfloat16 | yes |
+| int4, gptq, awq | yes, computing in bfloat16 (the default), not in float32 | yes |
 | fp8 | yes, several times slower than unquantized: no kernel of its own | yes, from compute capability 8.9 |
 | int8-weights | no kernel | yes |
 | prune | yes | yes |
@@ -25,6 +25,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +81,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         TidepoolError: One line: what is wrong and what to do; OUT is not there then.
     """
-    report = compress(args, _say)
+    # What is half done is taken away again.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        report = compress(args, _say)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     print(json.dumps(report), flush=True)
     return 0
 
@@ -90,10 +99,12 @@ def compress(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise TrainError(f"--method {args.method}: --drop-layers, --keep-mlp and --recover belong to --method prune")
     recovery = _recovery(args)
     original = model_folder(args.model)
+    positions = _positions(original)
+    max_length = min(args.max_length, positions)
     with new_folder(args.out) as folder:
         # Read before the long work, so that a bad row is found at once.
-        tried = read_samples(args.eval, original, args.eval_rows, args.max_length) if args.eval else []
-        calibration = read_samples(args.calibrate, original, args.calibrate_rows, args.max_length) if args.calibrate else []
+        tried = read_samples(args.eval, original, args.eval_rows, max_length) if args.eval else []
+        calibration = read_samples(args.calibrate, original, args.calibrate_rows, max_length) if args.calibrate else []
         report: dict[str, Any] = {"method": args.method, "model": args.model, "out": str(args.out)}
         report |= _compressed(original, folder, args, calibration, say)
         if recovery is not None:
@@ -103,7 +114,7 @@ def compress(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         say(f"compress: {before:,} bytes of weights became {after:,}")
         if not args.no_measure:
             # An answer may be twice as long as the row's own, and some.
-            report["vllm"] = compare(original, folder, tried, 3 * args.max_length + 64, say).report()
+            report["vllm"] = compare(original, folder, tried, min(3 * max_length + 64, positions), say).report()
         (folder / "compress.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -111,6 +122,16 @@ def compress(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a model folder's weight files."""
     return sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
+
+
+def _positions(folder: Path) -> int:
+    """The longest context of a model, in tokens."""
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(folder).max_position_embeddings)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise TrainError(f"{folder}: is no language model that can be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
 def _compressed(

@@ -101,6 +101,19 @@ def test_awq_makes_less_error_than_rounding_to_nearest(correlated, int4):
     assert error < 0.7 * ((nearest(weight, int4) - weight) @ inputs.T).norm()
 
 
+def test_calibration_helps_on_rows_it_has_not_seen(tiny_llama):
+    draw = torch.Generator().manual_seed(0)
+    seen, unseen = (torch.randint(8, 2048, shape, generator=draw) for shape in ((32, 128), (4, 128)))
+    error = {}
+    with torch.no_grad():
+        exact = load(tiny_llama)(unseen).logits
+        for method in ("int4", "gptq", "awq"):
+            model = load(tiny_llama)
+            quantize(model, method, seen.tolist(), print)
+            error[method] = float((model(unseen).logits - exact).norm() / exact.norm())
+    assert max(error["gptq"], error["awq"]) < 0.95 * error["int4"], error
+
+
 def test_awq_scales_cancel_out(tiny_llama, int4):
     model = load(tiny_llama)
     before = model(IDS).logits

@@ -120,8 +120,9 @@ def compress(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a model folder's weight files."""
-    return sum(file.stat().st_size for pattern in WEIGHTS for file in folder.glob(pattern))
+    """Bytes of a model folder's weight files; where it has them in two formats, of the one that is loaded."""
+    sizes = (sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in WEIGHTS)
+    return next((size for size in sizes if size), 0)
 
 
 def _positions(folder: Path) -> int:

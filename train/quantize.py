@@ -18,6 +18,7 @@ The embedding and the output layer stay as they are. It measures nothing (that i
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,10 @@ def quantize(model: Any, method: str, batches: Batches, say: Callable[[str], Non
         say: Takes lines of progress.
 
     Raises:
-        TrainError: The model's shapes or kind do not suit the method.
+        TrainError: The model's shapes or kind do not suit the method, or the library is missing.
     """
+    if find_spec("compressed_tensors") is None:
+        raise TrainError(f"--method {method}: needs the library compressed-tensors, which comes with vLLM; install the engine")
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     linears = linear_layers(model)

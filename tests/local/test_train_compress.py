@@ -39,7 +39,7 @@ for folder in sys.argv[1:]:
 
 def train(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "train", *args], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", "train", *args], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900
     )
 
 
@@ -68,7 +68,7 @@ def test_vllm_runs_the_formats_on_the_cpu(tiny_llama: Path, rows: Path, tmp_path
     for name, arguments in runs.items():
         compress(parser.parse_args(["compress", str(tiny_llama), str(tmp_path / name), "--no-measure", *arguments]), print)
     command = [sys.executable, "-c", GENERATE, *(str(tmp_path / name) for name in runs)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"')) and line.endswith(("]", '"'))]
     found: dict[str, Any] = dict(zip(runs, said, strict=True))

@@ -170,10 +170,9 @@ class Storage:
                 with open(fresh, "rb") as written:
                     os.fsync(written.fileno())
             self.filesystem.move(fresh, full)
-        except BaseException:
-            if self.filesystem.get_file_info(fresh).type == fs.FileType.File:
+        finally:
+            if self.filesystem.get_file_info(fresh).type == fs.FileType.File:  # it was not moved
                 self.filesystem.delete_file(fresh)
-            raise
 
     def delete(self, path: str = "") -> None:
         """Remove a file or a folder with all in it; nothing happens when there is none.

@@ -1,6 +1,7 @@
-"""Databases for the store's tests: SQLite files, and a PostgreSQL server started here on loopback from Debian's binaries.
+"""The embedded model's folder, and databases for the store's tests: SQLite files, and a PostgreSQL server on loopback.
 
-Where PostgreSQL is not installed its tests are skipped, but in CI (environment variable CI) they fail.
+The server is started here from Debian's binaries. Where PostgreSQL is not installed its tests are skipped, but in CI (environment
+variable CI) they fail.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,21 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return f"{server}/{name}"
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder with the tokenizer and template of the embedded one."""
+    from cluster import embedded
+
+    return embedded.build("embedded:chat", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_folder: Path) -> Any:
+    from train.dialogues import load_tokenizer
+
+    return load_tokenizer(chat_folder)
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:

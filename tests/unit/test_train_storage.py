@@ -10,20 +10,10 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs
+from training_rows import memory
 
 from cluster.errors import DataError, TrainError
 from train.storage import Storage
-
-
-def memory() -> Storage:
-    """A filesystem without a move in one step, as object stores are."""
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Own(MemoryFileSystem):  # the library keeps one store per process
-        store: dict = {}  # noqa: RUF012
-        pseudo_dirs = [""]  # noqa: RUF012
-
-    return Storage(fs.PyFileSystem(fs.FSSpecHandler(Own(skip_instance_cache=True))), "bucket/run", "memory://bucket/run")
 
 
 @pytest.fixture(params=["local", "memory"])

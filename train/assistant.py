@@ -106,7 +106,11 @@ class _Writer:
     def _asked(self, intent: Intent, template: Template, *, forget: bool) -> tuple[list[dict[str, str]], dict[str, str]]:
         """The messages of one question and its answer, with the request for a forgotten value between."""
         slots = {name: value(name, self.language, self.draw) for name in template.slots}
-        question = self._typed(filled(spelled(template.text, self.draw, bare=forget), slots), slots, plain=len(template.text) < 9)
+        wording = spelled(template.text, self.draw, bare=forget)
+        while intent.name != OUT_OF_SCOPE and not forget and not all(f"{{{name}}}" in wording for name in slots):
+            # A choice left the value out, so the answer would have nothing to repeat.
+            wording = spelled(template.text, self.draw)
+        question = self._typed(filled(wording, slots), slots, plain=len(template.text) < 9)
         messages = [{"role": "user", "content": question}]
         if forget:
             (name,) = template.slots
@@ -124,11 +128,11 @@ class _Writer:
         prefix = "" if self.split == "train" else "heldout_"
         if self.split == "train" and draw.random() < 0.25:
             text = _slips(text, self.language, draw, tuple(slots.values()))
-        if self.language == "en":
-            text = text[0].upper() + text[1:] if draw.random() < 0.5 else text
+        fixed = text.startswith(("I ", "I'", *slots.values()))
+        if self.language == "en" and draw.random() < 0.5 and not fixed:
+            text = text[0].upper() + text[1:]
         if not plain and draw.random() < 0.2:
-            opener = draw.choice(words[f"{prefix}openers"])
-            text = opener + (text[0].lower() + text[1:] if text[:2] not in ("I ", "I'") else text)
+            text = draw.choice(words[f"{prefix}openers"]) + (text if fixed else text[0].lower() + text[1:])
         if not plain and draw.random() < 0.15:
             text += draw.choice(words[f"{prefix}closers"])
         if self.language == "en" and draw.random() < 0.25:

@@ -80,21 +80,26 @@ class Attempt:
         self.base, self.begun = self.trial.seconds, 0.0
 
     def take_over(self, donor: Mapping[str, Any], values: search_space.Values) -> None:
-        """Go on from another trial's newest checkpoint with other values (a population's exchange).
+        """Go on from another trial's checkpoint with other values (a population's exchange).
+
+        Where the other one has meanwhile done all its steps there is nothing to go on with, and this trial keeps what it has.
 
         Args:
             donor: `passport` of the other trial.
             values: The new ones.
         """
         assert self.future is None
-        old = self.trial
-        self.trial = self.ledger.write(replace(old, values=values, generation=old.generation + 1))
-        self.told = []
-        self.seen = copy_checkpoint(self.ledger.runs().below(str(donor["run"])), self.ledger.runs().below(self.trial.run))
+        fresh = replace(self.trial, values=values, generation=self.trial.generation + 1)
+        own = self.ledger.runs().below(fresh.run)
+        step = copy_checkpoint(self.ledger.runs().below(str(donor["run"])), own, int(donor[TIME]))
+        if self.train.max_steps is not None and step >= self.train.max_steps:
+            own.delete()
+            return
+        self.trial, self.told, self.seen = self.ledger.write(fresh), [], step
 
     def passport(self) -> dict[str, Any]:
         """What another trial needs to take over from this one."""
-        return {NUMBER: self.trial.number, "run": self.trial.run}
+        return {NUMBER: self.trial.number, "run": self.trial.run, TIME: self.trial.step}
 
     def next(self) -> dict[str, Any]:
         """The next validation loss, or the end with `done`; blocks until there is one.
@@ -185,15 +190,17 @@ class Attempt:
         return made
 
 
-def copy_checkpoint(source: Storage, target: Storage) -> int:
-    """Copy the newest whole checkpoint of a run into another run's folder; returns its step, 0 when there is none.
+def copy_checkpoint(source: Storage, target: Storage, step: int) -> int:
+    """Copy a whole checkpoint of a run into another run's folder; returns its step, 0 when there is none.
 
-    The index goes last, so a copy that is killed is none; one that is removed while it is copied is followed by the next newest.
+    It is the one of `step`, or the newest when that is gone. The index goes last, so a copy that is killed is none; one that is
+    removed while it is copied is followed by another.
     """
     for _ in range(5):
-        newest = checkpoint.latest(source)
-        if newest is None:
+        found = checkpoint.stored(source)
+        if not found:
             return 0
+        newest = next((one for one in found if one.step == step), found[-1])
         place = f"{checkpoint.FOLDER}/{newest.folder}"
         try:
             for name in (*newest.files, checkpoint.INDEX):

@@ -142,9 +142,9 @@ def test_a_failed_run_is_a_failed_trial_and_a_lost_one_is_tried_again(tmp_path):
 def test_a_member_takes_over_weights_and_values(tmp_path):
     train, search, ledger = configs(tmp_path, scheduler="pbt")
     for number in (0, 1):
-        ledger.write(Trial(number, {RATE: 0.01 * (number + 1)}, reports=(report(3, 5.0),)))
+        ledger.write(Trial(number, {RATE: 0.01 * (number + 1)}, reports=(report(6, 5.0),)))
     donor = ledger.runs().below("trial-001")
-    for step in (3, 6):
+    for step in (3, 6, 9):
         made = checkpoint.Checkpoint(step, step, 1, {}, files=("a",))
         donor.write_bytes(f"checkpoints/{made.folder}/a", b"weights %d" % step)
         donor.write_json(f"checkpoints/{made.folder}/index.json", dataclasses.asdict(made))
@@ -165,7 +165,11 @@ def test_a_member_takes_over_weights_and_values(tmp_path):
     assert (trial.generation, trial.values, trial.run) == (1, {RATE: 0.024}, "trial-000-1")
     assert trial.best is not None and (trial.best.step, trial.best.validation_loss, len(trial.reports)) == (8, 6.0, 2)
     assert run_config(train, search, ledger, trial).checkpoint.every_steps == 3
-    assert copy_checkpoint(ledger.runs().below("nobody"), donor) == 0
+    assert copy_checkpoint(ledger.runs().below("nobody"), donor, 3) == 0
+    # From one that has done all its steps there is nothing to take over.
+    other = Attempt(ledger, 1, train, search, runner)
+    other.take_over({"number": 0, "run": "trial-001", "step": 9}, {RATE: 0.03})
+    assert other.trial.generation == 0 and ledger.runs().list() == ["trial-000-1", "trial-001"]
 
 
 def numbers(suggestions: Suggestions, count: int) -> list[float]:

@@ -131,9 +131,7 @@ def counts(
     groups: Sequence[Sequence[sources.Piece]], folder: str, tokenizer: dict[str, bytes], work: shards.Work
 ) -> Iterator[shards.Counted]:
     """Do all groups, through Ray Data where there are several and Ray is connected, and give what came of each, in order."""
-    import ray
-
-    if len(groups) == 1 or not ray.is_initialized():
+    if len(groups) == 1 or not _connected():
         encoder = Encoder(Path(folder), work.objective, work.max_length, work.too_long)
         for number, pieces in enumerate(groups):
             yield shards.run(number, pieces, encoder, work)
@@ -154,6 +152,12 @@ def counts(
             yield shards.counted_of(row)
     finally:
         log.setLevel(level)
+
+
+def _connected() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 def _key(files: Sequence[sources.SourceFile], tokenizer: dict[str, bytes], work: shards.Work, group_bytes: int) -> str:

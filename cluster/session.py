@@ -224,6 +224,8 @@ def start_command(config: Config, session: Session) -> list[str]:
         "--max-worker-port=0",
         "--dashboard-agent-listen-port=0",
         f"--ray-client-server-port={free_port()}",
+        # Nobody reads workers' output at a driver; it is in the logs.
+        "--include-log-monitor=false",
     ]
     if node.num_gpus is not None:
         command.append(f"--num-gpus={int(node.num_gpus)}")

@@ -112,7 +112,7 @@ class Gateway:
             await self._sync.sync()
         except StoreUnavailable as error:
             log.warning("%s; the last usage is lost", error)
-        await self._relay.close()
+        self._relay.close()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":

@@ -8,17 +8,17 @@ the replica died before it gave a single byte, so the caller may try another.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import aiohttp
-
 from serve_apps.replicas import Endpoint
+from serve_apps.upstream import Connection, Connections, UpstreamError
 from serve_apps.usage import Tokens
 from serve_apps.wire import SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PATH
 
 CANCELLED_TRIES = 20
 CANCELLED_PAUSE_S = 0.1
-READ_BUFFER = 2**18
+KEEP_S = 4.0  # the engine's server closes idle connections after 5 s
 # A replica in one of these states cannot serve anyone; its answer is not about the request. A 500 may be about the request,
 # unless vLLM says that its engine core is gone.
 ENGINE_DOWN = frozenset({502, 503, 504})
@@ -42,8 +42,9 @@ class Whole:
 class Stream:
     """An SSE answer. `first` is what came first; `next` gives the rest; `tokens` is known after the end."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
+    def __init__(self, connection: Connection, done: Callable[[], None]) -> None:
+        self._connection = connection
+        self._done = done
         self._rest = b""
         self.tokens: Tokens | None = None
         self.first = b""
@@ -57,8 +58,8 @@ class Stream:
         """
         while True:
             try:
-                data = await self._response.content.readany()
-            except (aiohttp.ClientError, OSError) as error:
+                data = await self._connection.read()
+            except UpstreamError as error:
                 raise EngineGone(str(error)) from error
             if not data and self._rest:  # the last event was not ended: what there is goes on as it is
                 data, self._rest = self._rest, b""
@@ -87,7 +88,7 @@ class Stream:
 
     def close(self) -> None:
         """Let go of the connection; the engine stops the request if it is still running."""
-        self._response.close()
+        self._done()
 
 
 class Relay:
@@ -96,17 +97,11 @@ class Relay:
     def __init__(self, secret: str, connect_timeout_s: float) -> None:
         # Serve would cancel the engine's handler when we leave; vLLM stops a generation for good only when it sees that itself.
         self._secret = {SECRET_HEADER.decode(): secret, "X-Request-Disconnect-Disabled": "?1"}
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
-            auto_decompress=False,
-            read_bufsize=READ_BUFFER,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
-        )
+        self._connections = Connections(connect_timeout_s, KEEP_S)
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        """Close what is idle."""
+        self._connections.close()
 
     async def send(self, endpoint: Endpoint, path: str, body: bytes, content_type: str, request_id: str) -> Whole | Stream:
         """POST the body; return the whole answer, or a stream whose first bytes have come.
@@ -115,29 +110,26 @@ class Relay:
             EngineGone: see the class.
         """
         headers = {**self._secret, "Content-Type": content_type, "X-Request-Id": request_id}
+        url = endpoint.url + path
         try:
-            response = await self._session.post(endpoint.url + path, data=body, headers=headers)
-        except (aiohttp.ClientError, OSError) as error:
+            connection = await self._connections.request("POST", url, headers, body)
+        except UpstreamError as error:
             raise EngineGone(str(error)) from error
         kept = False
         try:
-            if response.content_type == "text/event-stream":
-                stream = Stream(response)
+            kind = connection.headers.get(b"content-type", b"")
+            if kind.startswith(b"text/event-stream"):
+                stream = Stream(connection, lambda: self._connections.done(url, connection))
                 stream.first = await stream.next()
                 kept = True
                 return stream
-            try:
-                content = await response.read()
-            except (aiohttp.ClientError, OSError) as error:
-                raise EngineGone(str(error)) from error
-            if response.status in ENGINE_DOWN or (response.status == 500 and ENGINE_DEAD in content):
-                raise EngineGone(f"status {response.status}")
-            kept = True
-            usage = response.headers.get(USAGE_HEADER.decode(), "0 0 0").encode()
-            return Whole(response.status, response.headers.get("Content-Type", "").encode(), content, Tokens.parse(usage))
+            content = await _whole(connection)
+            if connection.status in ENGINE_DOWN or (connection.status == 500 and ENGINE_DEAD in content):
+                raise EngineGone(f"status {connection.status}")
+            return Whole(connection.status, kind, content, Tokens.parse(connection.headers.get(USAGE_HEADER, b"0 0 0")))
         finally:
             if not kept:
-                response.close()
+                self._connections.done(url, connection)
 
     async def cancelled_tokens(self, endpoint: Endpoint, request_id: str) -> Tokens:
         """What a request that we left had used, once the engine has stopped it; nothing if the engine cannot say."""
@@ -145,11 +137,30 @@ class Relay:
         for _ in range(CANCELLED_TRIES):
             await asyncio.sleep(CANCELLED_PAUSE_S)  # the engine needs a moment to see that we left
             try:
-                async with self._session.get(url, headers=self._secret) as response:
-                    if response.status == 200:
-                        return Tokens.parse(response.headers[USAGE_HEADER.decode()].encode())
-                    if response.status not in (404, 409):
-                        break
-            except (aiohttp.ClientError, OSError):
+                connection = await self._connections.request("GET", url, self._secret)
+                try:
+                    await _whole(connection)
+                finally:
+                    self._connections.done(url, connection)
+            except (UpstreamError, EngineGone):
+                break
+            if connection.status == 200:
+                return Tokens.parse(connection.headers[USAGE_HEADER])
+            if connection.status not in (404, 409):
                 break
         return Tokens()
+
+
+async def _whole(connection: Connection) -> bytes:
+    """All of an answer's body.
+
+    Raises:
+        EngineGone: it broke off.
+    """
+    parts = []
+    try:
+        while data := await connection.read():
+            parts.append(data)
+    except UpstreamError as error:
+        raise EngineGone(str(error)) from error
+    return b"".join(parts)

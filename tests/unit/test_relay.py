@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import SimpleNamespace
 
 import pytest
 
@@ -23,13 +22,13 @@ class Pieces:
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = [piece for piece in pieces if piece]
 
-    async def readany(self) -> bytes:
+    async def read(self) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
 
 def relayed(*pieces: bytes) -> tuple[list[bytes], Tokens | None]:
     async def read() -> tuple[list[bytes], Tokens | None]:
-        stream, out = Stream(SimpleNamespace(content=Pieces(list(pieces)))), []  # type: ignore[arg-type]
+        stream, out = Stream(Pieces(list(pieces)), lambda: None), []  # type: ignore[arg-type]
         while data := await stream.next():
             out.append(data)
         return out, stream.tokens
@@ -106,7 +105,7 @@ class Closing:
         self.relay = relay
 
     async def aclose(self) -> None:
-        await self.relay.close()
+        self.relay.close()
 
 
 @contextlib.asynccontextmanager

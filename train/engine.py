@@ -47,6 +47,15 @@ def device_of(config: TrainConfig) -> torch.device:
     return device
 
 
+def group_alone() -> None:
+    """A process group of one, where Ray Train made none because it runs the worker in its own process."""
+    import torch.distributed as distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
 def start(config: TrainConfig, model: torch.nn.Module, workers: int, steps: int) -> Any:
     """The engine. The process group is there already (Ray Train's).
 

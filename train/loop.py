@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import TidepoolError, TrainError
 from cluster.train_config import TrainConfig
-from train import losses
+from train import engine, losses
 from train.objective import Objective
 from train.schedule import learning_rate
-from train.supervisor import LESS_MEMORY
+from train.supervisor import LESS_MEMORY, TOLD
 
 if TYPE_CHECKING:
     import torch
@@ -49,14 +49,23 @@ def work(task: Task) -> None:
     if ray.get(task.supervisor.enter.remote(rank, workers)) is not None:
         return  # an attempt before this one failed for good; Ray Train need not know
     config = TrainConfig.model_validate(task.config)
+    engine.group_alone()
     try:
-        Worker(config, task, rank, workers, context.get_local_world_size(), begun).run()
+        worker = Worker(config, task, rank, workers, context.get_local_world_size(), begun)
+        worker.run()
+        if rank == 0 and not worker.stopping:
+            ray.get(told(task.supervisor, "ended", worker.step))
     except (TidepoolError, MemoryError, RuntimeError) as error:
-        told = final(error, config)
-        if told is None:
+        line = final(error, config)
+        if line is None:
             raise
-        ray.get(task.supervisor.fail.remote(told))
-        raise TrainError(told) from error
+        ray.get(task.supervisor.fail.remote(line))
+        raise TrainError(line) from error
+
+
+def told(supervisor: Any, what: str, *values: Any) -> Any:
+    """Tell the supervisor, in order: it has one thread for all that workers tell. Returns the answer's reference."""
+    return getattr(supervisor, what).options(concurrency_group=TOLD).remote(*values)
 
 
 def final(error: BaseException, config: TrainConfig) -> str | None:
@@ -83,7 +92,7 @@ class Worker:
     """
 
     def __init__(self, config: TrainConfig, task: Task, rank: int, workers: int, workers_here: int, begun: float) -> None:
-        from train import checkpoint, engine, models, state
+        from train import checkpoint, models, state
         from train.data import Sequences, place, total_steps
         from train.storage import Storage
         from train.zero import micro_batches
@@ -174,7 +183,6 @@ class Worker:
         self.writer.wait()
         if self.rank == 0:
             self._export()
-            self._tell("ended", self.step)
 
     def _one_step(self, arrays: losses.Arrays, rate: float) -> None:
         """Forward and backward of this worker's part of a batch, in micro batches, and the optimizer's step."""
@@ -257,7 +265,7 @@ class Worker:
         self.last_loss = lines[-1]["loss"]
         self.pending.clear()
         if self.rank == 0:
-            self.answer = self.task.supervisor.tell.remote(lines)
+            self.answer = told(self.task.supervisor, "tell", lines)
 
     def _asked_to_stop(self) -> float:
         """1 on worker 0 when the supervisor said so; summed with the counts, so that it costs no look of its own."""
@@ -321,7 +329,7 @@ class Worker:
         return box[0]
 
     def _tell(self, what: str, *values: Any) -> None:
-        getattr(self.task.supervisor, what).remote(*values)
+        told(self.task.supervisor, what, *values)
 
     def _mark(self, name: str) -> None:
         self.marks.append((name, time.monotonic()))

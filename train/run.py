@@ -16,7 +16,7 @@ from typing import Any
 from cluster.errors import TidepoolError, TrainError
 from cluster.train_config import TrainConfig
 from train.storage import Storage
-from train.supervisor import NAMESPACE, RUN, Supervisor
+from train.supervisor import NAMESPACE, RUN, TOLD, Supervisor, runs_here
 from train.zero import deepspeed_config
 
 Say = Callable[[str], None]
@@ -81,14 +81,14 @@ def train(
     if old is not None:
         say(f"{config.name}: finished before, {old.steps} steps; change train.name to train again")
         return old
-    actor = ray.remote(Supervisor).options(
-        num_cpus=0,
+    actor = ray.remote(concurrency_groups={TOLD: 1})(Supervisor).options(
+        num_cpus=config.scale.cpus_per_worker if runs_here(config) else 0,
         max_concurrency=16,
         name=f"tidepool-train-{config.name}" if detached else None,
         namespace=NAMESPACE if detached else None,
         lifetime="detached" if detached else None,
         get_if_exists=detached,
-        max_restarts=-1 if detached else 0,
+        max_restarts=-1 if detached else config.scale.max_failures,
     )
     supervisor = actor.remote(config.model_dump(mode="json"), detached, before or {})
     if not ray.get(supervisor.same.remote(config.model_dump(mode="json"))):

@@ -1,9 +1,9 @@
 """The actor that owns a run: it prepares the data, lets Ray Train run the workers, and keeps the run's books.
 
-One per run, without a CPU of its own. In a cluster that outlives the command it is detached and Ray restarts it, so a run needs
-neither the command nor this process to stay alive: it begins again from the newest checkpoint. Workers tell it what happens
-(`began`, `tell`, `saved`, `fail`, ...), the command asks (`follow`). It holds no tensors and decides nothing about training.
-Made by `train.run`.
+One per run, without a CPU of its own, unless it is also the run's only worker. In a cluster that outlives the command it is
+detached and Ray restarts it, so a run needs neither the command nor this process to stay alive: it begins again from the newest
+checkpoint. Workers tell it what happens (`began`, `tell`, `saved`, `fail`, ...), the command asks (`follow`). It holds no
+tensors and decides nothing about training. Made by `train.run`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ KEPT = 4096  # newest lines of metrics that a command can still ask for; all are
 LESS_MEMORY = (
     "lower train.micro_batch_size or train.data.max_length, turn on train.activation_checkpointing, or raise train.zero.stage"
 )
+TOLD = "told"  # the actor's group, of one thread, for what workers tell
 NAMESPACE = "tidepool-train"
 
 
@@ -210,11 +211,13 @@ class Supervisor:
         scale = self.config.scale
         resources = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.device == "gpu" else {})
         low, high = scale.bounds
+        alone = runs_here(self.config)
         task = Task(self.config.model_dump(mode="json"), train_data, validation_data, ray.get_runtime_context().current_actor)
         trainer = TorchTrainer(
             lambda: work(task),
             scaling_config=ScalingConfig(
-                num_workers=high if low == high else (low, high),
+                # 0 is Ray Train's word for "in this process".
+                num_workers=0 if alone else high if low == high else (low, high),
                 use_gpu=scale.device == "gpu",
                 resources_per_worker=resources,
                 accelerator_type=scale.accelerator_type,
@@ -234,6 +237,10 @@ class Supervisor:
             trainer.fit()
         except TrainingFailedError as error:
             self.fail(f"the run failed {scale.max_failures + 1} times, last with: {_last_line(error)}")
+        except RuntimeError as error:
+            if not alone:
+                raise
+            self.fail(f"the run failed with: {_last_line(error)}")
 
     def _close(self) -> None:
         with self.lock:
@@ -298,6 +305,11 @@ class Supervisor:
             self.run.write_json(RUN, self.book)
         except TidepoolError as error:
             self.said.append(f"run.json not written: {error}")
+
+
+def runs_here(config: TrainConfig) -> bool:
+    """Whether the only worker of a run is a thread of its supervisor: on a CPU that saves the start of six more processes."""
+    return config.scale.bounds == (1, 1) and config.scale.device == "cpu"
 
 
 def _watch(supervisor: Any) -> Any:

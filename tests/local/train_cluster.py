@@ -86,6 +86,8 @@ class Cluster:
         """The head, as `python -m cluster up` starts it."""
         self.session.prepare()
         self.environ = {**environment(self.config, self.session, "test"), "HF_HUB_OFFLINE": "1"}
+        # One machine only, says the launcher of a cluster on 127.0.0.1; here it is to have two nodes.
+        self.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
         self._ray(start_command(self.config, self.session))
         self.session.state.write_text(json.dumps({"run_id": "test", "started": time.time()}))
 

@@ -33,6 +33,9 @@ class _Method:
     def __init__(self, recorder: Recorder, name: str) -> None:
         self.recorder, self.name = recorder, name
 
+    def options(self, **options: Any) -> _Method:
+        return self
+
     def remote(self, *values: Any) -> None:
         if self.name == "tell":
             self.recorder.lines += values[0]

@@ -70,6 +70,12 @@ class Comparison:
         return asdict(self) | {"rounds": ROUNDS, "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": TOKENS}
 
 
+def last_error(log: str) -> str | None:
+    """The message of the last exception in a process's output, which may name the rank in front."""
+    found = re.findall(r"^(?:\[rank\d+\]: )?[\w.]*(?:Error|Exception)\b: *(.+?) *$", log, re.MULTILINE)
+    return str(found[-1]) if found else None
+
+
 class _Gone(Exception):
     """A measuring process ended: its model, and why."""
 
@@ -121,8 +127,7 @@ class _Arm:
         """The last error that the process printed, or how it ended."""
         status = self.process.wait(timeout=30)
         self.log.seek(0)
-        found = re.findall(r"^[\w.]*(?:Error|Exception)\b: *(.+)$", self.log.read(), re.MULTILINE)
-        return str(found[-1]) if found else f"the process ended with status {status}"
+        return last_error(self.log.read()) or f"the process ended with status {status}"
 
     def _end(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None

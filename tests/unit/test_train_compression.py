@@ -15,6 +15,7 @@ from train import awq, gptq, prune
 from train.__main__ import main
 from train.calibration import Moments
 from train.grid import on_grid, scales_of
+from train.measure import last_error
 from train.quantize import PRESETS, quantize
 from train.samples import read_samples
 
@@ -203,6 +204,13 @@ def test_mistakes_are_one_line(arguments, said, tiny_llama, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and said in lines[0]
     assert not any(tmp_path.iterdir())
+
+
+def test_the_reason_is_the_last_exception_of_a_log():
+    log = "Traceback:\n  raise ValueError(\nValueError: first\nsaid Error: no\n[rank0]: ValueError: no kernel. Reasons: \n why\n"
+    assert last_error(log) == "no kernel. Reasons:"
+    assert last_error("torch.OutOfMemoryError: CUDA out of memory") == "CUDA out of memory"
+    assert last_error("Killed\n") is None
 
 
 def test_a_quantized_model_is_not_quantized_again(tiny_llama, tmp_path, capsys):

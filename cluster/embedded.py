@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ SPECIAL = (PAD, BOS, IM_START, IM_END, CLS, SEP)  # ids 0 to 5; hidden from deco
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # one token each, but part of the text
 # Words with the blank before them, single digits, runs of marks, line ends: every text is covered.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The same for the model that is trained; Chinese stands alone, so that a mark never becomes part of a word.
+SCRATCH_SPLIT = r"\p{Han}+|[ ']?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONSTANT = 4.0  # what dimension 0 of the residual stream always holds; it carries the output bias (Llama has none)
 # Tokens that end a JSON string, list or object, and by how much they are favoured; see `_bias`.
 CLOSING = {'"': 5.5, '",': 4.0, '"}': 5.0, '"]': 5.0, '"}}': 2.0, "}": 5.0, "}}": 4.0, "]": 4.0, ",": 3.0}
@@ -69,6 +71,8 @@ CHAT: dict[str, Any] = {
     "eos_token_id": 3,
     "torch_dtype": "float32",
 }
+# The model that is trained: as many parameters, but twice the vocabulary, which halves the length of Chinese.
+SCRATCH: dict[str, Any] = CHAT | {"vocab_size": 4096, "tie_word_embeddings": True, "initializer_range": 0.06}
 EMBED: dict[str, Any] = {
     "architectures": ["BertModel"],
     "model_type": "bert",
@@ -109,11 +113,14 @@ def build(source: str, cache_dir: Path) -> Path:
     writer = _WRITERS.get(source)
     if writer is None:
         raise ConfigError(f"model_source {source!r}: no such embedded model; use one of {', '.join(sorted(_WRITERS))}")
-    folder = cache_dir / f"{source.removeprefix(EMBEDDED_PREFIX)}-{_recipe_hash()}"
+    return _built(cache_dir / f"{source.removeprefix(EMBEDDED_PREFIX)}-{_recipe_hash()}", writer)
+
+
+def _built(folder: Path, writer: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache_dir))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         own.chmod(0o755)
         writer(own)
@@ -125,6 +132,21 @@ def build(source: str, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(own, ignore_errors=True)
     return folder
+
+
+def scratch(texts: Iterable[str], cache_dir: Path) -> Path:
+    """The folder a model is trained in from nothing: tokenizer, chat template, random weights.
+
+    Args:
+        texts: What its words are learned from, beside the sentences of `embedded_text`; repeated ones weigh more.
+        cache_dir: Folder that holds the built models; made if missing.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    lines = [*embedded_text.sentences(), *texts]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return _built(cache_dir / f"scratch-{digest}-{_recipe_hash()}", lambda folder: _write_scratch(folder, lines))
 
 
 def _recipe_hash() -> str:
@@ -144,6 +166,14 @@ def _write_chat(folder: Path) -> None:
     _write_json(folder / "generation_config.json", sampling)
     _write_json(folder / "config.json", CHAT)
     _write_weights(folder, _chat_weights(tokens))
+
+
+def _write_scratch(folder: Path, lines: list[str]) -> None:
+    _write_tokenizer(folder, SCRATCH["max_position_embeddings"], SCRATCH["vocab_size"], SCRATCH_SPLIT, lines)
+    (folder / "chat_template.jinja").write_text(embedded_text.CHAT_TEMPLATE)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0})
+    _write_json(folder / "config.json", SCRATCH)
+    _write_weights(folder, _scratch_weights())
 
 
 def _write_embed(folder: Path) -> None:
@@ -167,37 +197,49 @@ def _write_embed(folder: Path) -> None:
 
 _WRITERS: dict[str, Callable[[Path], None]] = {
     f"{EMBEDDED_PREFIX}chat": _write_chat,
+    f"{EMBEDDED_PREFIX}random": _write_chat,
     f"{EMBEDDED_PREFIX}embed": _write_embed,
 }
 
 
-def _write_tokenizer(folder: Path, length: int, *, wrap: bool) -> list[bytes]:
+def _write_tokenizer(
+    folder: Path,
+    length: int,
+    vocabulary: int = VOCABULARY,
+    words: str = SPLIT,
+    lines: Iterable[str] | None = None,
+    *,
+    wrap: bool = False,
+) -> list[bytes]:
     """Train and write the byte-level BPE tokenizer.
 
     Args:
         length: Longest input, in tokens, that the model takes.
+        vocabulary: How many tokens it has.
+        words: Pattern of what a token never reaches beyond.
+        lines: What it is trained on; default the sentences of `embedded_text`.
         wrap: Put `<|cls|>` and `<|sep|>` around each text.
 
     Returns:
-        The bytes each of the `VOCABULARY` tokens stands for, by id; empty for special tokens.
+        The bytes each of the tokens stands for, by id; empty for special tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(words), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(TAGS),
+        vocab_size=vocabulary - len(TAGS),
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(embedded_text.sentences(), trainer)
+    tokenizer.train_from_iterator(lines or embedded_text.sentences(), trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    if tokenizer.get_vocab_size() != VOCABULARY:
-        raise AssertionError(f"the sentences fill only {tokenizer.get_vocab_size()} of {VOCABULARY} tokens")
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise AssertionError(f"the sentences fill only {tokenizer.get_vocab_size()} of {vocabulary} tokens")
     if wrap:
         marks = [(mark, tokenizer.token_to_id(mark)) for mark in (CLS, SEP)]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -212,7 +254,7 @@ def _write_tokenizer(folder: Path, length: int, *, wrap: bool) -> list[bytes]:
     }
     settings |= {"cls_token": CLS, "sep_token": SEP} if wrap else {"bos_token": BOS, "eos_token": IM_END}
     _write_json(folder / "tokenizer_config.json", settings)
-    return [_token_bytes(str(tokenizer.id_to_token(token))) for token in range(VOCABULARY)]
+    return [_token_bytes(str(tokenizer.id_to_token(token))) for token in range(vocabulary)]
 
 
 def _token_bytes(token: str) -> bytes:
@@ -244,33 +286,53 @@ def _chat_weights(tokens: list[bytes]) -> Tensors:
     import numpy as np
 
     draw = _draws(seed=2718)
-    hidden, inner, vocabulary = CHAT["hidden_size"], CHAT["intermediate_size"], CHAT["vocab_size"]
-    kv = CHAT["num_key_value_heads"] * CHAT["head_dim"]
+    hidden, vocabulary = CHAT["hidden_size"], CHAT["vocab_size"]
     embedding = draw(vocabulary, hidden, 1.0)
     embedding[:, 0] = CONSTANT
     tensors: Tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(hidden, np.float32)}
-    for layer in range(CHAT["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        tensors[f"{at}.input_layernorm.weight"] = np.ones(hidden, np.float32)
-        tensors[f"{at}.post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
-        for name, rows, columns in (
-            ("self_attn.q_proj", hidden, hidden),
-            ("self_attn.k_proj", kv, hidden),
-            ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, hidden),
-            ("mlp.gate_proj", inner, hidden),
-            ("mlp.up_proj", inner, hidden),
-            ("mlp.down_proj", hidden, inner),
-        ):
-            weight = draw(rows, columns, 1 / columns**0.5)
-            if name in ("self_attn.o_proj", "mlp.down_proj"):
-                weight[0] = 0.0  # nothing writes to dimension 0, it stays CONSTANT
-            tensors[f"{at}.{name}.weight"] = weight
+    for name, rows, columns in _layers():
+        if not columns:
+            tensors[name] = np.ones(rows, np.float32)
+            continue
+        weight = draw(rows, columns, 1 / columns**0.5)
+        if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
+            weight[0] = 0.0  # nothing writes to dimension 0, it stays CONSTANT
+        tensors[name] = weight
     head = draw(vocabulary, hidden, 1.2 / hidden**0.5)
     bias = np.array([_bias(token) for token in tokens], np.float32)
     bias[CHAT["eos_token_id"]] = ENDING
     head[:, 0] = bias / np.float32(CONSTANT)
     tensors["lm_head.weight"] = head
+    return tensors
+
+
+def _layers() -> Iterator[tuple[str, int, int]]:
+    """Name, rows and columns of each tensor of the chat model's layers; no columns for a vector."""
+    hidden, inner = CHAT["hidden_size"], CHAT["intermediate_size"]
+    kv = CHAT["num_key_value_heads"] * CHAT["head_dim"]
+    for layer in range(CHAT["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        yield f"{at}.input_layernorm.weight", hidden, 0
+        yield f"{at}.post_attention_layernorm.weight", hidden, 0
+        yield f"{at}.self_attn.q_proj.weight", hidden, hidden
+        yield f"{at}.self_attn.k_proj.weight", kv, hidden
+        yield f"{at}.self_attn.v_proj.weight", kv, hidden
+        yield f"{at}.self_attn.o_proj.weight", hidden, hidden
+        yield f"{at}.mlp.gate_proj.weight", inner, hidden
+        yield f"{at}.mlp.up_proj.weight", inner, hidden
+        yield f"{at}.mlp.down_proj.weight", hidden, inner
+
+
+def _scratch_weights() -> Tensors:
+    """Where training begins, so that the folder is whole; a run draws its own from its seed."""
+    import numpy as np
+
+    draw, deviation = _draws(seed=1618), SCRATCH["initializer_range"]
+    hidden = SCRATCH["hidden_size"]
+    tensors: Tensors = {"model.embed_tokens.weight": draw(SCRATCH["vocab_size"], hidden, deviation)}
+    tensors["model.norm.weight"] = np.ones(hidden, np.float32)
+    for name, rows, columns in _layers():
+        tensors[name] = draw(rows, columns, deviation) if columns else np.ones(rows, np.float32)
     return tensors
 
 

@@ -36,7 +36,9 @@ def base_folder(base: str) -> Path:
     if base.startswith(SCRATCH):
         if base != "scratch:chat":
             raise TrainError(f"train.base {base!r}: use scratch:chat, a Hugging Face repository or a folder")
-        return embedded.build("embedded:chat", embedded.cache_dir())
+        from train.assistant import texts
+
+        return embedded.scratch(texts(), embedded.cache_dir())
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder

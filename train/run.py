@@ -84,6 +84,8 @@ def train(
     actor = ray.remote(concurrency_groups={TOLD: 1})(Supervisor).options(
         num_cpus=config.scale.cpus_per_worker if runs_here(config) else 0,
         max_concurrency=16,
+        # Not inside the placement group of a trial, which holds nothing for its workers.
+        scheduling_strategy="DEFAULT",
         name=f"tidepool-train-{config.name}" if detached else None,
         namespace=NAMESPACE if detached else None,
         lifetime="detached" if detached else None,
@@ -103,7 +105,8 @@ def train(
         raise
     finally:
         # Ctrl-C, or a trial that is told to end: the run stops. A command that is ended otherwise leaves a detached run alone.
-        if not leave:
+        # One that is of no use to others gives its CPU back at once, not when Python forgets it.
+        if not leave or not detached:
             ray.kill(supervisor, no_restart=True)
 
 

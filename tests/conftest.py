@@ -12,7 +12,7 @@ import pytest
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its folder: 3 layers, hidden size 64, 128 neurons, 2 heads of 32, 1 key-value head, fp32."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from train.models import base_folder
 
@@ -23,9 +23,21 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pattern in ("tokenizer*", "*.jinja"):
         for file in scratch.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    tokens = len(AutoTokenizer.from_pretrained(folder))
+    config = LlamaConfig(
+        vocab_size=tokens,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM's CPU attention takes
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=3,
+    )
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(scratch, **shape, **heads, initializer_range=0.1)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder

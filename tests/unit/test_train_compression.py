@@ -20,8 +20,8 @@ from train.quantize import PRESETS, quantize
 from train.samples import read_samples
 
 IDS = torch.tensor([[10, 300, 77, 1200, 5, 64, 900, 33]])
-# Of the logits against the original's, and of the file's linear weights in bits; the tiny model's other weights stay fp32.
-ERROR = {"int8": 0.05, "int8-weights": 0.02, "int4": 0.4, "gptq": 0.6, "awq": 0.4, "fp8": 0.1}
+# Largest difference of the logits, as a part of the original's.
+ERROR = {"int8": 0.06, "int8-weights": 0.04, "int4": 0.5, "gptq": 0.6, "awq": 0.5, "fp8": 0.12}
 
 
 def load(folder: Path) -> Any:

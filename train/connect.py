@@ -79,6 +79,7 @@ def private(cpus: float, namespace: str) -> Iterator[Connection]:
     # Else workers run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.supervisor
     folder = Path(tempfile.mkdtemp(prefix="tpt-"))
     write_private(folder / "token", secrets.token_hex(32))
     # Ray reads these when it is imported.

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, what is kept, and what a killed or failed save leaves."""
 
+import resource
 import threading
 
 import pytest
@@ -128,3 +129,21 @@ def test_large_states_are_several_files(tmp_path):
     found = checkpoint.latest(run)
     assert found is not None and len(found.files) == 3
     assert {name: tensor[0].item() for name, tensor in checkpoint.read(run, found)} == {"0": 0.0, "1": 1.0, "2": 2.0}
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_one(tmp_path):
+    run = Storage.open(str(tmp_path))
+    both = writers(run)
+    save(both, made(1))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # no file may grow further, as on a full disk
+    try:
+        both[1].save(made(2), {"weight:1": torch.zeros(100_000)})
+        with pytest.raises(TrainError) as caught:
+            both[1].wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "no space left" in str(caught.value) and "\n" not in str(caught.value)
+    assert [item.step for item in checkpoint.stored(run)] == [1]
+    save(writers(run, "b"), made(2))
+    assert [item.step for item in checkpoint.stored(run)] == [1, 2]

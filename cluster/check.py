@@ -18,7 +18,7 @@ from cluster.config import EMBEDDED_PREFIX, Config, ModelConfig
 from cluster.session import DEFAULT_CPUS, session_of
 
 Say = Callable[[str], None]
-EMBEDDED = ("embedded:chat", "embedded:embed")
+EMBEDDED = ("embedded:chat", "embedded:random", "embedded:embed")
 
 
 def check(config: Config, out: Say, *, fast: bool = False) -> int:

@@ -1,9 +1,10 @@
-"""The models that need no download: `embedded:chat` and `embedded:embed`, written on the machine in about a second.
+"""The models that need no download: `embedded:random` and `embedded:embed`, written on the machine in about a second, and the folder
+that `embedded:chat` is trained from.
 
 `build(source, cache_dir)` writes an ordinary Hugging Face folder (config, tokenizer, chat template, float32 safetensors) that
 vLLM loads like any other. The weights are random with a fixed seed, so the chat model babbles and the embedding model compares
-texts by the tokens they share. It is not trained here and knows nothing of vLLM; numpy writes the weights, torch is not imported.
-Called by whoever turns a configuration's `model_source` into something vLLM can load, and by tests.
+texts by the tokens they share. `embedded:chat` is found here and trained by `default_model`. This file knows nothing of vLLM; numpy
+writes the weights, torch is not imported. Called by whoever turns a configuration's `model_source` into something vLLM can load, and by tests.
 
 The folder's name ends in a hash of this recipe and of the versions of the libraries that carry it out. Builders write a folder
 of their own beside it and rename it, so a reader never sees half a model and builders at the same time do no harm.
@@ -26,9 +27,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import embedded_text
+from cluster import default_model, embedded_text
 from cluster.config import EMBEDDED_PREFIX
 from cluster.errors import ConfigError
+from cluster.session import CACHE_VARIABLE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 2048
 PAD, BOS, IM_START, IM_END, CLS, SEP = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|cls|>", "<|sep|>"
+TRAINED = f"{EMBEDDED_PREFIX}chat"
 SPECIAL = (PAD, BOS, IM_START, IM_END, CLS, SEP)  # ids 0 to 5; hidden from decoded text
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # one token each, but part of the text
 # Words with the blank before them, single digits, runs of marks, line ends: every text is covered.
@@ -94,25 +97,30 @@ EMBED: dict[str, Any] = {
 
 
 def cache_dir() -> Path:
-    """Where built models are kept: `$TIDEPOOL_RUN_DIR/models`, or `~/.cache/tidepool/models` without that variable."""
-    run_dir = os.environ.get("TIDEPOOL_RUN_DIR")
-    return Path(run_dir) / "models" if run_dir else Path.home() / ".cache" / "tidepool" / "models"
+    """Where built models are kept: `$TIDEPOOL_MODEL_CACHE`, or `~/.cache/tidepool/models` without that variable."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "tidepool" / "models"
 
 
 def build(source: str, cache_dir: Path) -> Path:
     """The folder of an embedded model, built if it is not there yet; safe from several processes at once.
 
     Args:
-        source: `embedded:chat` or `embedded:embed`.
+        source: `embedded:chat`, `embedded:random` or `embedded:embed`.
         cache_dir: Folder that holds the built models; made if missing.
 
     Raises:
-        ConfigError: `source` is not an embedded model.
+        ConfigError: `source` is not an embedded model, or has not been trained.
         OSError: the folder cannot be written.
     """
+    if source == TRAINED:
+        trained = default_model.folder(cache_dir)
+        if not trained.is_dir():
+            raise ConfigError(f"{source}: not trained yet in {cache_dir}; `make up` does it, and keeps it there")
+        return trained
     writer = _WRITERS.get(source)
     if writer is None:
-        raise ConfigError(f"model_source {source!r}: no such embedded model; use one of {', '.join(sorted(_WRITERS))}")
+        raise ConfigError(f"model_source {source!r}: no such embedded model; use one of {', '.join(SOURCES)}")
     return _built(cache_dir / f"{source.removeprefix(EMBEDDED_PREFIX)}-{_recipe_hash()}", writer)
 
 
@@ -196,10 +204,10 @@ def _write_embed(folder: Path) -> None:
 
 
 _WRITERS: dict[str, Callable[[Path], None]] = {
-    f"{EMBEDDED_PREFIX}chat": _write_chat,
     f"{EMBEDDED_PREFIX}random": _write_chat,
     f"{EMBEDDED_PREFIX}embed": _write_embed,
 }
+SOURCES = (TRAINED, *_WRITERS)
 
 
 def _write_tokenizer(

@@ -24,7 +24,7 @@ from typing import Any
 from cluster import deploy, preflight, processes
 from cluster.config import EMBEDDED_PREFIX, Config, ModelConfig
 from cluster.errors import LaunchError
-from cluster.session import Session, environment, read_json, session_of, start_command, store_url, write_private
+from cluster.session import Session, environment, model_cache, read_json, session_of, start_command, store_url, write_private
 
 Say = Callable[[str], None]
 
@@ -121,9 +121,9 @@ def _start(
         "addresses": list(preflight.addresses(config.node).values()),
     }
     write_private(session.state, json.dumps(state))
-    models = _models(config, session, say)
     say("starting Ray")
     _run(start_command(config, session), environ, session, "Ray did not start")
+    models = _models(config, session, environ, say)
     say("store and keys")
     keys = _credentials(config, session, environ)
     say("starting the applications")
@@ -161,8 +161,8 @@ def _again(config: Config, config_path: Path, overrides: Sequence[str], session:
         raise LaunchError(f"{session.run_dir} runs with other settings under node, store or run_dir; run `down` first")
     else:
         say("applying the new configuration")
-        models = _models(config, session, say)
         environ = environment(config, session, str(state["run_id"]))
+        models = _models(config, session, environ, say)
         serve_config = deploy.build(config_path, overrides, environ)
         deploy.deploy(config, serve_config, session.token.read_text(), say, session.logs)
         deploy.wait_ready(_root(config), say, session.logs)
@@ -181,16 +181,18 @@ def _serves(config: Config, session: Session) -> bool:
     return deploy.call(f"{root}/readyz", timeout_s=30.0).status == 200
 
 
-def _models(config: Config, session: Session, say: Say) -> list[dict[str, Any]]:
+def _models(config: Config, session: Session, environ: dict[str, str], say: Say) -> list[dict[str, Any]]:
     """What a client, or a bench that starts the same engine bare, needs to know of each model."""
     shown = []
     for model in config.models:
         source = model.source
         if source.startswith(EMBEDDED_PREFIX):
-            from cluster import embedded
+            from cluster import default_model, embedded
 
-            say(f"building {source}")
-            source = str(embedded.build(source, session.run_dir / "models"))
+            cache = model_cache(session)
+            if source == embedded.TRAINED:
+                default_model.ensure(config, session, environ, cache, say)
+            source = str(embedded.build(source, cache))
         shown.append(_model(model, source))
     return shown
 

@@ -26,6 +26,7 @@ from cluster.processes import RUN_DIR, RUN_ID
 
 SHORT_BYTES = 22
 DEFAULT_CPUS = 16
+CACHE_VARIABLE = "TIDEPOOL_MODEL_CACHE"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def session_of(config: Config, run_dir: str | None = None) -> Session:
     return Session(Path(run_dir or config.run_dir).expanduser().resolve())
 
 
+def model_cache(session: Session) -> Path:
+    """Where models built on the machine are kept: `$TIDEPOOL_MODEL_CACHE`, which several run directories may share, or here."""
+    return Path(os.environ.get(CACHE_VARIABLE) or session.run_dir / "models").absolute()
+
+
 def store_url(config: Config, session: Session) -> str:
     """SQLAlchemy URL of the store."""
     return config.store.url or default_url(session.run_dir)
@@ -135,6 +141,7 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         RUN_ID: run_id,
         RUN_DIR: str(session.run_dir),
         "TIDEPOOL_STORE_URL": store_url(config, session),
+        CACHE_VARIABLE: str(model_cache(session)),
         "SPT_NOENV": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
@@ -194,6 +201,7 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),
         "VLLM_RPC_BASE_PATH": str(short / "ipc"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),
+        "TORCH_EXTENSIONS_DIR": str(cache / "torch-extensions"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "MPLCONFIGDIR": str(cache / "matplotlib"),
         "TMPDIR": str(short / "tmp"),

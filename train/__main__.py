@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from cluster.config import Config, load
 from cluster.errors import ConfigError, TidepoolError
+from cluster.session import CACHE_VARIABLE, model_cache, session_of
 from cluster.train_config import TrainConfig
 
 OBJECTIVES = {
@@ -61,6 +63,8 @@ def _load(args: argparse.Namespace) -> tuple[Config, TrainConfig]:
     config = load(args.config, [f"train.objective={args.objective}", *args.set])
     if config.train is None:
         raise ConfigError(f"{args.config}: has no section 'train'")
+    # Models that were built for this run directory's cluster are found here too.
+    os.environ[CACHE_VARIABLE] = str(model_cache(session_of(config)))
     return config, config.train
 
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.config import EMBEDDED_PREFIX
 from cluster.errors import TrainError
 from cluster.train_config import LoraConfig, TrainConfig
 
@@ -30,6 +31,7 @@ def base_folder(base: str) -> Path:
 
     Raises:
         TrainError: there is no such folder or repository on this machine or at Hugging Face.
+        ConfigError: there is no such embedded model, or it has not been trained.
     """
     from cluster import embedded
 
@@ -39,6 +41,8 @@ def base_folder(base: str) -> Path:
         from train.assistant import texts
 
         return embedded.scratch(texts(), embedded.cache_dir())
+    if base.startswith(EMBEDDED_PREFIX):
+        return embedded.build(base, embedded.cache_dir())
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder

@@ -1,6 +1,6 @@
 """`up` and `down`, five times over, with crashes in between: the machine is afterwards as it was before.
 
-One small model, ports of its own, and a home directory of its own, so that anything written there is seen. A cluster of its own,
+One small model that needs no training, ports of its own, and a home directory of its own, so that anything written there is seen. A cluster of its own,
 before the one that other tests share.
 """
 
@@ -32,10 +32,11 @@ from cluster.processes import marked
 PORTS = {"port": 19000, "gcs_port": 19379, "dashboard_port": 19265, "stats_port": 19404, "proxy_metrics_port": 19201}
 REPLICA_PORTS = (19500, 19600)
 STALL_S = 10.0
+ASLEEP = ("--set", "models.0.autoscaling.min_replicas=0")  # without the half minute that an engine takes
 CONFIG = f"""
 models:
   - id: tiny
-    model_source: embedded:chat
+    model_source: embedded:random
     device: cpu
     stall_timeout_s: {STALL_S}
     env: {{VLLM_CPU_KVCACHE_SPACE: "1", VLLM_CPU_OMP_THREADS_BIND: nobind, OMP_NUM_THREADS: "1"}}
@@ -154,7 +155,7 @@ def test_cycle_2_the_driver_is_killed_and_up_works_at_once(machine: Machine, cap
     driver.kill()
     driver.communicate()
     assert marked(machine.run_dir), "the cluster outlives its driver"
-    output = machine.up()
+    output = machine.up(*ASLEEP)
     assert "an earlier cluster of this run directory is not healthy" in output
     _show(capsys, output)
     machine.down()
@@ -184,7 +185,7 @@ def test_cycle_4_driver_raylet_and_gcs_are_killed(machine: Machine) -> None:
 
 @pytest.mark.slow
 def test_cycle_5_with_a_model_that_sleeps(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    _show(capsys, machine.up("--set", "models.0.autoscaling.min_replicas=0"))
+    _show(capsys, machine.up(*ASLEEP))
     machine.down()
 
 

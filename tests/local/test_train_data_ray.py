@@ -24,7 +24,7 @@ GROUP = 4096
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded.build("embedded:chat", tmp_path_factory.mktemp("models"))
+    return embedded.build("embedded:random", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,13 @@ class Load:
 
 def chat_body(model: str, stream: bool) -> dict[str, Any]:
     """A short chat request."""
-    return {"model": model, "messages": [{"role": "user", "content": "Where is it?"}], "max_tokens": 8, "stream": stream}
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": "Where is it?"}],
+        "max_tokens": 8,
+        "ignore_eos": True,
+        "stream": stream,
+    }
 
 
 def summary(results: list[Result]) -> str:

@@ -77,7 +77,7 @@ class Cluster:
 
     def __init__(self, run_dir: Path) -> None:
         self.node = {"gcs_port": free_port(), "dashboard_port": free_port(), "num_cpus": 1, "object_store_mb": 100}
-        model = {"id": "never-served", "model_source": "embedded:chat", "device": "cpu"}
+        model = {"id": "never-served", "model_source": "embedded:random", "device": "cpu"}
         self.config: Config = parse({"run_dir": str(run_dir), "node": self.node, "models": [model]})
         self.session: Session = session_of(self.config)
         self.environ: dict[str, str] = {}

@@ -80,7 +80,7 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder with the tokenizer and template of the embedded one."""
     from cluster import embedded
 
-    return embedded.build("embedded:chat", tmp_path_factory.mktemp("models"))
+    return embedded.build("embedded:random", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

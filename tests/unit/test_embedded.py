@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import embedded, embedded_text
+from cluster import default_model, embedded, embedded_text
 from cluster.config import load
 from cluster.embedded import VOCABULARY, build, cache_dir
 from cluster.errors import ConfigError
@@ -23,7 +24,7 @@ TOOL = {"type": "function", "function": {"name": "get_order", "parameters": {"ty
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {kind: build(f"embedded:{kind}", root) for kind in ("chat", "embed")}
+    return {kind: build(f"embedded:{kind}", root) for kind in ("random", "embed")}
 
 
 def tokenizer(folder: Path) -> Any:
@@ -47,21 +48,30 @@ def render(folder: Path, messages: list[dict[str, Any]], tools: list[dict[str, A
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="embedded:chat, embedded:embed, embedded:random"):
+    with pytest.raises(ConfigError, match="embedded:chat, embedded:random, embedded:embed"):
         build("embedded:video", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_shipped_default_names_embedded_models_that_exist() -> None:
     config = load(Path(__file__).parents[2] / "configs" / "local-cpu.yaml")
-    assert {model.source for model in config.models} <= set(embedded._WRITERS)
+    assert {model.source for model in config.models} <= set(embedded.SOURCES)
 
 
-def test_cache_dir_follows_the_run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TIDEPOOL_RUN_DIR", str(tmp_path))
+def test_cache_dir_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TIDEPOOL_MODEL_CACHE", str(tmp_path / "models"))
     assert cache_dir() == tmp_path / "models"
-    monkeypatch.delenv("TIDEPOOL_RUN_DIR")
+    monkeypatch.delenv("TIDEPOOL_MODEL_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "tidepool" / "models"
+
+
+def test_the_trained_model_is_found_by_its_content(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not trained yet"):
+        build("embedded:chat", tmp_path)
+    trained = default_model.folder(tmp_path)
+    assert re.fullmatch(r"chat-[0-9a-f]{12}", trained.name)
+    trained.mkdir()
+    assert build("embedded:chat", tmp_path) == trained
 
 
 def test_second_build_is_instant_and_leaves_no_temporary_folder(folders: dict[str, Path]) -> None:
@@ -69,16 +79,16 @@ def test_second_build_is_instant_and_leaves_no_temporary_folder(folders: dict[st
         started = time.perf_counter()
         assert build(f"embedded:{kind}", folder.parent) == folder
         assert time.perf_counter() - started < 0.2
-    assert sorted(folders["chat"].parent.iterdir()) == sorted(folders.values())
+    assert sorted(folders["random"].parent.iterdir()) == sorted(folders.values())
 
 
 def test_two_processes_build_one_folder(tmp_path: Path, folders: dict[str, Path]) -> None:
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(2) as pool:
-        built = pool.starmap(build, [("embedded:chat", tmp_path)] * 2, chunksize=1)
+        built = pool.starmap(build, [("embedded:random", tmp_path)] * 2, chunksize=1)
     assert built[0] == built[1]
     assert list(tmp_path.iterdir()) == [built[0]]
-    assert contents(built[0]) == contents(folders["chat"])
+    assert contents(built[0]) == contents(folders["random"])
 
 
 def test_the_same_files_everywhere(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -90,10 +100,10 @@ def test_a_changed_recipe_is_another_folder(tmp_path: Path, monkeypatch: pytest.
     copy = tmp_path / "embedded_text.py"
     copy.write_text(Path(str(embedded_text.__file__)).read_text() + "# changed\n")
     monkeypatch.setattr(embedded_text, "__file__", str(copy))
-    assert embedded._recipe_hash() != folders["chat"].name.removeprefix("chat-")
+    assert embedded._recipe_hash() != folders["random"].name.removeprefix("random-")
 
 
-@pytest.mark.parametrize("kind", ["chat", "embed"])
+@pytest.mark.parametrize("kind", ["random", "embed"])
 def test_any_utf8_text_round_trips(folders: dict[str, Path], kind: str) -> None:
     texts = [
         "",
@@ -111,7 +121,7 @@ def test_any_utf8_text_round_trips(folders: dict[str, Path], kind: str) -> None:
 
 
 def test_the_vocabulary_is_full_and_knows_both_languages(folders: dict[str, Path]) -> None:
-    coder = tokenizer(folders["chat"])
+    coder = tokenizer(folders["random"])
     assert coder.get_vocab_size() == VOCABULARY == len({coder.id_to_token(token) for token in range(VOCABULARY)})
     assert [coder.token_to_id(token) for token in ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>")] == [0, 1, 2, 3]
     for text in ("Could you please help me with my order?", "请问我的订单什么时候能到？"):
@@ -119,7 +129,7 @@ def test_the_vocabulary_is_full_and_knows_both_languages(folders: dict[str, Path
 
 
 def test_tool_tags_are_one_token_and_stay_in_the_text(folders: dict[str, Path]) -> None:
-    coder = tokenizer(folders["chat"])
+    coder = tokenizer(folders["random"])
     ids = coder.encode("<tool_call>{}</tool_call>").ids
     assert ids[0] == coder.token_to_id("<tool_call>") and ids[-1] == coder.token_to_id("</tool_call>")
     assert coder.decode(ids, skip_special_tokens=True) == "<tool_call>{}</tool_call>"
@@ -129,15 +139,15 @@ def test_tool_tags_are_one_token_and_stay_in_the_text(folders: dict[str, Path]) 
 def test_template_of_a_plain_talk(folders: dict[str, Path]) -> None:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " hi\n"}]
     expected = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n hi\n<|im_end|>\n"
-    assert render(folders["chat"], messages, prompt=False) == expected
-    assert render(folders["chat"], messages) == expected + "<|im_start|>assistant\n"
-    assert render(folders["chat"], [{"role": "developer", "content": "Be kind."}, messages[1]], prompt=False) == expected
+    assert render(folders["random"], messages, prompt=False) == expected
+    assert render(folders["random"], messages) == expected + "<|im_start|>assistant\n"
+    assert render(folders["random"], [{"role": "developer", "content": "Be kind."}, messages[1]], prompt=False) == expected
 
 
 def test_template_joins_text_parts(folders: dict[str, Path]) -> None:
     parts: list[dict[str, Any]] = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
-    text = render(folders["chat"], messages, prompt=False)
+    text = render(folders["random"], messages, prompt=False)
     assert text == "<|im_start|>user\nab<|im_end|>\n"
 
 
@@ -152,7 +162,7 @@ def test_template_of_tools_and_their_results(folders: dict[str, Path]) -> None:
         {"role": "tool", "tool_call_id": "y", "content": [{"type": "text", "text": "lost"}]},
         {"role": "assistant", "content": "One is lost."},
     ]
-    text = render(folders["chat"], messages, tools=[TOOL], prompt=False)
+    text = render(folders["random"], messages, tools=[TOOL], prompt=False)
     system, _, rest = text.partition("<|im_end|>\n")
     listed = system.split("<tools>\n")[1].split("\n</tools>")[0]
     assert system.startswith("<|im_start|>system\n") and json.loads(listed) == TOOL
@@ -167,7 +177,7 @@ def test_template_of_tools_and_their_results(folders: dict[str, Path]) -> None:
 
 def test_template_keeps_the_system_text_beside_tools(folders: dict[str, Path]) -> None:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
-    text = render(folders["chat"], messages, tools=[TOOL])
+    text = render(folders["random"], messages, tools=[TOOL])
     assert text.startswith("<|im_start|>system\nBe kind.\n\nYou may call these tools:\n<tools>")
     assert text.count("<|im_start|>system") == 1
 
@@ -176,9 +186,9 @@ def test_chat_model_loads_has_four_million_parameters_and_spreads_its_bets(folde
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folders["chat"]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(str(folders["random"]), dtype=torch.float32)
     assert 3_500_000 < sum(weight.numel() for weight in model.parameters()) < 4_500_000
-    ids = tokenizer(folders["chat"]).encode("<|im_start|>user\nWhere is my order?<|im_end|>\n<|im_start|>assistant\n").ids
+    ids = tokenizer(folders["random"]).encode("<|im_start|>user\nWhere is my order?<|im_end|>\n<|im_start|>assistant\n").ids
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     assert torch.isfinite(logits).all()

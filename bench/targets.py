@@ -1,4 +1,4 @@
-"""The project's targets, and whether a run met them. Pure: figures of `suites` and `fake_suite` in, verdicts out.
+"""The project's targets, and whether a run met them. Pure: figures of the suites in, verdicts out.
 
 A figure that was not measured is a verdict of its own (`not measured`), never a pass.
 """
@@ -13,6 +13,8 @@ TTFT_P50_CEILING = 1.25
 GAP_P99_CEILING = 1.3
 CPU_US_PER_CHUNK_CEILING = 80.0
 ADDED_P99_MS_CEILING = 3.0
+TRAIN_THROUGHPUT_FLOOR = 0.90
+"""Smallest allowed ratio of our training loop's tokens per second to those of DeepSpeed's own launcher."""
 
 
 def verdict(name: str, value: float | None, *, floor: float | None = None, ceiling: float | None = None) -> dict[str, Any]:
@@ -50,6 +52,12 @@ def gateway(medians: dict[str, dict[str, Any]], failures: dict[str, int]) -> lis
         found.append(verdict(f"inter-token p99 against bare, {streams} streams", gap, ceiling=GAP_P99_CEILING))
     found.append(verdict("failures of our endpoint", failures.get("ours"), ceiling=0))
     return found
+
+
+def train(workers: int, ratio: float | None, same_first_loss: bool) -> list[dict[str, Any]]:
+    """The target of training: what Ray and our loop cost beside DeepSpeed's own launcher, if the work was the same."""
+    name = f"tokens/s against DeepSpeed's own launcher, {workers} worker{'s' if workers > 1 else ''}"
+    return [verdict(name, ratio if same_first_loss else None, floor=TRAIN_THROUGHPUT_FLOOR)]
 
 
 def fake(figures: dict[str, float | None]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The default chat model, `embedded:chat`: trained on this machine by the ordinary training command, kept by its content.
 
-`folder` says where it is kept, `ensure` trains it when it is not there: `python -m train sft configs/assistant.yaml` on the cluster that
-`up` has just started, as a process, because this package imports no training code. The folder's name ends in a hash of all that
-decides what is learned: the recipe, the data set, the tokenizer's text and the libraries' versions. An interrupted training goes on
-from its last checkpoint at the next `up`. Called by `launch` and, to find the folder, by `embedded.build`.
+`folder` says where it is kept, `ensure` trains it when it is not there: `python -m train sft configs/assistant.yaml` on the
+cluster that `up` has just started, as a process, because this package imports no training code. The folder's name ends in a
+hash of all that decides what is learned: the recipe, the data set, the tokenizer's text and the libraries' versions. An
+interrupted training goes on from its last checkpoint at the next `up`. Called by `launch` and, to find the folder, by
+`embedded.build`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The models that need no download: `embedded:random` and `embedded:embed`, written on the machine in about a second, and the folder
-that `embedded:chat` is trained from.
+"""The models that need no download, written on the machine in a second, and the folder that the default model is trained from.
 
 `build(source, cache_dir)` writes an ordinary Hugging Face folder (config, tokenizer, chat template, float32 safetensors) that
 vLLM loads like any other. The weights are random with a fixed seed, so the chat model babbles and the embedding model compares
-texts by the tokens they share. `embedded:chat` is found here and trained by `default_model`. This file knows nothing of vLLM; numpy
-writes the weights, torch is not imported. Called by whoever turns a configuration's `model_source` into something vLLM can load, and by tests.
+texts by the tokens they share. `embedded:chat` is found here and trained by `default_model`. This file knows nothing of vLLM;
+numpy writes the weights, torch is not imported. Called by whoever turns a configuration's `model_source` into something vLLM
+can load, and by tests.
 
 The folder's name ends in a hash of this recipe and of the versions of the libraries that carry it out. Builders write a folder
 of their own beside it and rename it, so a reader never sees half a model and builders at the same time do no harm.

@@ -1,7 +1,7 @@
 """`up` and `down`, five times over, with crashes in between: the machine is afterwards as it was before.
 
-One small model that needs no training, ports of its own, and a home directory of its own, so that anything written there is seen. A cluster of its own,
-before the one that other tests share.
+One small model that needs no training, ports of its own, and a home directory of its own, so that anything written there is
+seen. A cluster of its own, before the one that other tests share.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ PYTEST ?= tests/unit tests/local
 PY := .venv/bin/python
 OPTIONS := $(SET) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
-.PHONY: up down status plan test unit check bench setup clean
+.PHONY: up down status plan eval test unit check bench setup clean
 
 up: setup          ## start the cluster and print the endpoint
 	@$(PY) -m cluster up $(CONFIG) $(OPTIONS)
@@ -21,6 +21,9 @@ status: setup      ## what runs, and whether it answers
 
 plan: setup        ## what would run and what is wrong, without starting anything
 	@$(PY) -m cluster check $(CONFIG) $(OPTIONS)
+
+eval: setup        ## ask the running endpoint the held-out questions of the default model
+	@$(PY) -m train eval
 
 test: setup        ## every test that needs no GPU: real Ray, real vLLM
 	$(PY) -m pytest $(PYTEST)

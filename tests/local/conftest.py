@@ -63,14 +63,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def endpoint() -> Iterator[Endpoint]:
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the default model is trained into, once for all clusters of the session."""
+    return Path(os.environ.setdefault("TIDEPOOL_MODEL_CACHE", str(tmp_path_factory.mktemp("model-cache"))))
+
+
+@pytest.fixture(scope="session")
+def endpoint(model_cache: Path) -> Iterator[Endpoint]:
     given = os.environ.get("TIDEPOOL_TEST_ENDPOINT")
     if given:
         yield read_endpoint(Path(given))
         return
     run_dir = Path(tempfile.mkdtemp(prefix="tp"))
     args = [str(CONFIG), "--run-dir", str(run_dir), *settings(PORTS, (18500, 18600)), "--set", "gateway.replicas=2"]
-    up = cluster_command("up", *args)
+    up = cluster_command("up", *args, timeout_s=900.0)
     try:
         assert up.returncode == 0, f"up failed\n{up.stdout}\n{up.stderr}"
         yield read_endpoint(run_dir / "endpoint.json")

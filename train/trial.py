@@ -8,6 +8,7 @@ It does not choose values (`train.suggest`) and does not decide who is stopped (
 
 from __future__ import annotations
 
+import json
 import math
 import queue
 import time
@@ -24,6 +25,7 @@ from train.suggest import METRIC, NUMBER, TIME
 from train.trials import Ledger, Report, Trial
 
 LOOK_S = 0.2  # how often the end of the training is looked for
+METRICS = "log/metrics.jsonl"
 STOP_S = 60.0  # longest wait for a run that was told to stop; after it Ray ends its actors
 CHECKPOINT_S = 120.0  # longest wait for a checkpoint that others are to take over
 
@@ -157,7 +159,8 @@ class Attempt:
     def _done(self, future: Future[Any]) -> dict[str, Any]:
         error = future.exception()
         if error is None:
-            self.trial = self.ledger.write(replace(self.trial, state="finished", seconds=self._seconds()))
+            done = replace(self.trial, state="finished", seconds=self._seconds())
+            self.trial = self.ledger.write(replace(done, reports=self._all_reports()))
         elif isinstance(error, TidepoolError):
             text = " ".join(str(error).split())
             self.trial = self.ledger.write(replace(self.trial, state="failed", seconds=self._seconds(), error=text))
@@ -165,6 +168,20 @@ class Attempt:
             self.future = None
             raise error
         return self._end()
+
+    def _all_reports(self) -> tuple[Report, ...]:
+        """The trial's reports, with those of its run's log that a killed command has not seen."""
+        trial, run = self.trial, self.ledger.runs().below(self.trial.run)
+        if not run.exists(METRICS):
+            return trial.reports
+        known = {report.step for report in trial.reports if report.generation == trial.generation}
+        lines = [json.loads(line) for line in run.read_bytes(METRICS).splitlines()]
+        missed = [
+            Report(line["step"], _plain(line["validation_loss"]), _plain(line["loss"]), self._seconds(), trial.generation)
+            for line in lines
+            if line.get("validation_loss") is not None and line["step"] not in known
+        ]
+        return tuple(sorted((*trial.reports, *missed), key=lambda report: (report.generation, report.step)))
 
     def _await_checkpoint(self, step: int) -> None:
         """Until others can take over from this step: the loss is reported before the checkpoint is whole."""

@@ -1,6 +1,7 @@
 """The ledger of a search, one trial in one process, and the values that trials get, all without Ray."""
 
 import dataclasses
+import json
 import math
 import threading
 from typing import Any
@@ -102,6 +103,17 @@ def test_an_open_trial_goes_on_where_it_was(tmp_path):
     attempt = Attempt(ledger, 0, train, search, runner)
     assert [attempt.next()["step"] for _ in range(3)] == [3, 6, 6]
     assert [one.step for one in ledger.read(0).reports] == [3, 6] and ledger.read(0).seconds > 20
+
+
+def test_losses_that_a_killed_command_has_not_seen_are_read_from_the_run(tmp_path):
+    train, search, ledger = configs(tmp_path)
+    ledger.write(Trial(0, {RATE: 0.01}, reports=(report(3, 7.0, 20.0),)))
+    lines = [{"step": step, "loss": 1.0} | ({"validation_loss": 10.0 - step} if step % 3 == 0 else {}) for step in range(1, 10)]
+    ledger.runs().write_bytes("trial-000/log/metrics.jsonl", "\n".join(json.dumps(line) for line in lines).encode())
+    attempt = Attempt(ledger, 0, train, search, lambda config, on_step, stop: None)
+    assert attempt.next()["step"] == 3
+    assert attempt.next() == {"number": 0, "step": 9, "validation_loss": 1.0, "done": True}
+    assert [one.step for one in ledger.read(0).reports] == [3, 6, 9]
 
 
 def test_an_attempt_stops_its_run_before_it_answers(tmp_path):

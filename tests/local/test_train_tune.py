@@ -196,7 +196,7 @@ def report_is_whole(ledger: Ledger, trials: int, said: list[str]) -> None:
     rows = [json.loads(line) for line in folder.read_bytes("trials.jsonl").splitlines()]
     assert [row["number"] for row in rows] == list(range(trials)) and all(row["spent_unit"] == "usd" for row in rows)
     report = folder.read_bytes("report.md").decode()
-    assert report.count("\n| ") == trials + 1 and "best so far" in report and "per dollar" in report
+    assert report.count("\n| ") == trials + 2 and "best so far" in report and "per dollar" in report
     best = load(str(folder.local("best.yaml")))
     assert best.train is not None and best.train.optimizer.learning_rate > 1e-5
     # After each trial: what was spent, and the best so far.

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from cluster.config import Config, load
-from cluster.errors import ConfigError, TidepoolError
+from cluster.errors import ConfigError, DataError, TidepoolError
 from cluster.session import CACHE_VARIABLE, model_cache, session_of
 from cluster.train_config import TrainConfig
 
@@ -49,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     assistant.add_parser(commands)
     evaluate.add_parser(commands)
     args = parser.parse_args(arguments)
+    built = Path(Config.model_fields["run_dir"].default, "models").absolute()
+    if "config" not in args and built.is_dir():
+        # Commands without a configuration find what `make up` has built in the usual run directory.
+        os.environ.setdefault(CACHE_VARIABLE, str(built))
     try:
         return int(args.run(args) or 0)
     except TidepoolError as error:
@@ -97,8 +101,12 @@ def _train(args: argparse.Namespace) -> int:
 
 def _check(wanted: TrainConfig) -> int:
     from train.check import check
+    from train.run import checked
 
-    check(wanted, lambda text: print(text, flush=True))
+    report = check(checked(wanted), lambda text: print(text, flush=True))
+    if report.bad:
+        first = next(mistake for split in report.splits for mistake in split.mistakes)
+        raise DataError(first if report.bad == 1 else f"{report.bad} mistakes in the data, see above; the first: {first}")
     return 0
 
 

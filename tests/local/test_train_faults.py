@@ -13,7 +13,7 @@ import pytest
 from train_cluster import WORKER, Cluster, book, command, done, metrics, newest_step, until, write_config
 from train_workers import section, write_dialogues
 
-STEPS = 150
+STEPS = 100
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,10 @@ from cluster.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-NAMES = ["llama-70b-tp8.yaml", "local-cpu.yaml", "multi-model-lora.yaml", "qwen3-1gpu.yaml"]
+NAMES = [
+    "assistant.yaml", "dpo-assistant.yaml", "llama-70b-tp8.yaml", "llama-70b-zero3.yaml", "local-cpu.yaml", "lora-assistant.yaml",
+    "multi-model-lora.yaml", "qwen3-1gpu.yaml", "qwen3-sft-1gpu.yaml", "tune-assistant.yaml",
+]  # fmt: skip
 
 
 def test_the_named_configurations_are_shipped():
@@ -46,6 +49,11 @@ def test_what_each_scenario_is_for():
     assert any(model.adapters for model in multi.models)
     assert any(model.autoscaling.min_replicas == 0 for model in multi.models)
     assert all(model.device == "cpu" for model in by_name["local-cpu.yaml"].models)
+    trained = {name: config.train for name, config in by_name.items() if config.train}
+    assert trained["lora-assistant.yaml"].lora and trained["lora-assistant.yaml"].base == "embedded:chat"
+    assert trained["dpo-assistant.yaml"].objective == "dpo"
+    eight = trained["llama-70b-zero3.yaml"]
+    assert (eight.zero.stage, eight.scale.bounds, eight.scale.device) == (3, (8, 8), "gpu")
 
 
 def test_unknown_keys_are_refused_with_their_path():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic_core import PydanticUndefined
@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 import bench.__main__ as bench_command
 import cluster.__main__ as cluster_command
 import serve_apps.__main__ as serve_apps_command
+import train.__main__ as train_command
 from cluster import haproxy
 from cluster.config import Config, Section, load
 from cluster.metrics import GatewayMetrics
@@ -29,7 +30,8 @@ from serve_apps.requests import ROUTES
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
-PACKAGES = ("cluster", "serve_apps", "bench")
+PACKAGES = ("cluster", "serve_apps", "train", "bench")
+COMMANDS = {"cluster": cluster_command, "serve_apps": serve_apps_command, "train": train_command, "bench": bench_command}
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Hosts that a document may send a reader to; whatever else is a mistake or a promise we cannot keep.
 HOSTS = {"127.0.0.1", "HOST", "keepachangelog.com"}
@@ -56,17 +58,15 @@ def make_words() -> tuple[set[str], set[str]]:
 def help_of(module: str, *words: str) -> str:
     """What `python -m module words --help` prints."""
     printed = io.StringIO()
-    main = {"cluster": cluster_command, "serve_apps": serve_apps_command, "bench": bench_command}[module].main
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
-        main([*words, "--help"])
+        COMMANDS[module].main([*words, "--help"])
     assert ended.value.code == 0
     return printed.getvalue()
 
 
 def test_the_documents_are_there():
-    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/api.md", "docs/operations.md"} <= set(
-        NAMES
-    )
+    pages = {"architecture", "api", "operations", "training"}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page}.md" for page in pages)} <= set(NAMES)
     assert text("LICENSE").lstrip().startswith("Apache License")
     assert "END OF TERMS AND CONDITIONS" in text("LICENSE")
 
@@ -85,8 +85,9 @@ def test_commands_exist(name):
             assert program in ("curl", "export", "kill", "pgrep", ".venv/bin/python"), command
         for path in re.findall(r"\b((?:configs|tests|docs)/[\w./-]+)", command):
             assert (ROOT / path).exists(), command
-        overrides = re.findall(r"--set ([\w.]+=[^\s\"]+)", command)
-        assert load(ROOT / "configs" / "local-cpu.yaml", overrides).models
+        overrides = re.findall(r"--set '?([\w.]+=[^\s\"']+)", command)
+        file = re.search(r"configs/[\w-]+\.yaml", command)
+        assert load(ROOT / (file.group() if file else "configs/local-cpu.yaml"), overrides)
 
 
 def called_with(words: list[str], command: str) -> None:
@@ -129,7 +130,7 @@ def test_only_known_hosts(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_named_in_the_documents_exist(name):
-    for path in re.findall(r"`((?:cluster|serve_apps|bench|tests|configs|docs)/[\w./-]*\w)`", text(name)):
+    for path in re.findall(r"`((?:cluster|serve_apps|train|bench|tests|configs|docs)/[\w./-]*\w)`", text(name)):
         made_later = path in ("docs/bench-gateway.png", "tests/cluster", "tests/gpu")
         assert made_later or (ROOT / path).exists(), path
 
@@ -146,7 +147,7 @@ def test_the_readme_names_every_configuration():
 
 
 def settings(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every field of the configuration, by its path; `[]` stands for an entry of a list."""
+    """Every field of the configuration, by its path; `[]` stands for an entry of a list or a mapping."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
@@ -154,7 +155,8 @@ def settings(section: type[Section] = Config, prefix: str = "") -> dict[str, Any
         if inner is None:
             found[prefix + name] = field
         else:
-            found |= settings(inner, f"{prefix}{name}{'' if inner is field.annotation else '[]'}.")
+            several = get_origin(field.annotation) in (tuple, dict)
+            found |= settings(inner, f"{prefix}{name}{'[]' if several else ''}.")
     return found
 
 
@@ -174,7 +176,7 @@ def test_every_setting_is_in_operations_with_its_default():
     wanted = {path: shown(field) for path, field in settings().items()}
     assert {path: rows.get(path) for path in wanted} == wanted
     assert [
-        path for path in rows if "." in path and path not in wanted and path.split(".")[0] in ("node", "gateway", "models[]")
+        path for path in rows if "." in path and path not in wanted and path.split(".")[0] in ("node", "gateway", "models[]", "train", "tune")
     ] == []
 
 

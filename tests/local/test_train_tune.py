@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,23 +30,26 @@ from train.tune import Outcome, placement_groups, tune
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 600
 RATE = "optimizer.learning_rate"
+# Also idle: what Ray Train and Ray Data keep once per cluster.
+IDLE = {"ray::IDLE", "ray::_AutoscalingCoordinatorActor"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_here(tmp_path_factory):
-    """One cluster for all searches of this module."""
+def home(tmp_path_factory):
+    """One cluster for all searches of this module; a folder with a short path."""
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))
     # A short path: Ray's sockets are below it.
-    home = tempfile.mkdtemp(prefix="tune-")
-    ray.init(num_cpus=3, include_dashboard=False, _temp_dir=home, object_store_memory=100 * 2**20, logging_level="ERROR",
-             log_to_driver=False)  # fmt: skip
-    yield
-    ray.shutdown()
-    shutil.rmtree(home, ignore_errors=True)
-    del os.environ["MPLCONFIGDIR"]
+    with tempfile.TemporaryDirectory(prefix="tn-", ignore_cleanup_errors=True) as home:
+        try:
+            ray.init(num_cpus=3, include_dashboard=False, _temp_dir=home, object_store_memory=100 * 2**20,
+                     logging_level="ERROR", log_to_driver=False)  # fmt: skip
+            yield home
+        finally:
+            ray.shutdown()
+            del os.environ["MPLCONFIGDIR"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def wait_for(condition: Any, what: str) -> None:
         time.sleep(0.2)
 
 
-def test_asha_over_real_runs_is_killed_and_taken_up_and_leaves_nothing(tmp_path, dialogues):
+def test_asha_over_real_runs_is_killed_and_taken_up_and_leaves_nothing(tmp_path, dialogues, home):
     # The file's own learning rate is poor on purpose.
     train = {
         "max_steps": 6, "validate_every": 2, "optimizer": {"learning_rate": 1e-6, "schedule": "constant"},
@@ -138,7 +140,8 @@ def test_asha_over_real_runs_is_killed_and_taken_up_and_leaves_nothing(tmp_path,
     assert config.train is not None
     ledger = Ledger.of(config.train)
 
-    environ = os.environ | {RUN_DIR: str(tmp_path)}
+    # A killed command cannot remove its cluster's files.
+    environ = os.environ | {RUN_DIR: str(tmp_path), "TMPDIR": home}
     log = (tmp_path / "log").open("w")
     command = subprocess.Popen([sys.executable, "-m", "train", "tune", str(path)], cwd=ROOT, env=environ, stdout=log, stderr=log)
     wait_for(lambda: command.poll() is not None or sum(trial.ended for trial in ledger.all()) >= 3, "three trials")
@@ -169,7 +172,7 @@ def test_asha_over_real_runs_is_killed_and_taken_up_and_leaves_nothing(tmp_path,
     assert any(trial.state == "stopped" and trial.step < 6 for trial in outcome.trials)
 
     # Nothing is left: no placement group (see `search`), no train worker, no trial, no file of Tune's.
-    wait_for(lambda: set(ray_workers()) - set(before) <= {"ray::IDLE"}, f"only idle processes: {ray_workers()}")
+    wait_for(lambda: set(ray_workers()) - set(before) <= IDLE, f"only idle processes: {ray_workers()}")
     assert ledger.folder.list() == [
         "best.yaml", "coordinates.png", "curves.png", "data", "report.md", "runs", "search.json", "trials", "trials.jsonl",
     ]  # fmt: skip
@@ -202,6 +205,21 @@ def report_is_whole(ledger: Ledger, trials: int, said: list[str]) -> None:
     # After each trial: what was spent, and the best so far.
     assert sum("; spent $0." in line and ", best " in line for line in said) >= 1
     assert any("one more trial" in line or "no trial was better" in line for line in said)
+
+
+def test_a_stopped_run_of_two_workers_gives_its_placement_group_back(tmp_path, dialogues):
+    train = {
+        "max_steps": 20, "validate_every": 2, "optimizer": {"learning_rate": 3e-3, "schedule": "constant"},
+        "scale": {"device": "cpu", "threads_per_worker": 1, "workers": 2}, "checkpoint": {"every_steps": 20},
+    }  # fmt: skip
+    data = configured(tmp_path, dialogues, train, trials=2, grace_steps=2, reduction=2)
+    # Only the file's own value is a good one: the second trial is stopped on its way.
+    data["tune"]["space"] = {RATE: {"low": 1e-6, "high": 1e-5}}
+    before = ray_workers()
+    found, _ = search(parse(data), runner=real())
+    assert [(trial.number, trial.state) for trial in found.trials] == [(0, "finished"), (1, "stopped")]
+    assert found.trials[1].step < 20
+    wait_for(lambda: set(ray_workers()) - set(before) <= IDLE, f"only idle processes: {ray_workers()}")
 
 
 def test_a_population_exchanges_weights_and_values(tmp_path, dialogues):

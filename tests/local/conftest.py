@@ -45,6 +45,11 @@ def settings(ports: dict[str, int], replica_ports: tuple[int, int]) -> list[str]
     return [part for pair in pairs for part in ("--set", pair)]
 
 
+def shared_arguments(run_dir: Path) -> list[str]:
+    """Of `python -m cluster up` and `down`, after the file, for the cluster that all tests share."""
+    return ["--run-dir", str(run_dir), *settings(PORTS, (18500, 18600)), "--set", "gateway.replicas=2"]
+
+
 def cluster_command(*args: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run `python -m cluster ...`."""
     command = [sys.executable, "-m", "cluster", *args]
@@ -75,7 +80,7 @@ def endpoint(model_cache: Path) -> Iterator[Endpoint]:
         yield read_endpoint(Path(given))
         return
     run_dir = Path(tempfile.mkdtemp(prefix="tp"))
-    args = [str(CONFIG), "--run-dir", str(run_dir), *settings(PORTS, (18500, 18600)), "--set", "gateway.replicas=2"]
+    args = [str(CONFIG), *shared_arguments(run_dir)]
     up = cluster_command("up", *args, timeout_s=900.0)
     try:
         assert up.returncode == 0, f"up failed\n{up.stdout}\n{up.stderr}"

@@ -1,5 +1,5 @@
 """Mistakes of a person, through the command line: one line that says what, where and what to do, status 2, nothing written, and
-what an earlier run has left stays whole. In this process, with `--check`, which needs no Ray, and without where that is the question.
+what an earlier run has left stays whole. Most in this process, with `--check`, which needs no Ray.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "precision and device": (["precision=fp16"], "train: precision fp16 needs device gpu; use bf16 or fp32 on cpu"),
     "batch and workers": (["scale.workers=3"], "train: batch_size 4 cannot be divided among 3 workers"),
     "batch and elastic workers": (["scale.workers=[1, 3]"], "train: batch_size 4 cannot be divided among 3 workers"),
-    "batch and micro batch": (["micro_batch_size=3"], "1 workers do 4 sequences each per step, which micro_batch_size 3 does not"),
+    "batch and micro batch": (["micro_batch_size=3"], "which micro_batch_size 3 does not divide"),
     "a field twice": (["deepspeed_overrides.gradient_clipping=2"], "'gradient_clipping' is set by train.optimizer.clip"),
     "no base": (["base=./none"], "train.base './none': no such folder on this machine"),
     "no adapter's target": (["lora.targets=every"], "train.lora.targets"),

@@ -176,7 +176,9 @@ def test_every_setting_is_in_operations_with_its_default():
     wanted = {path: shown(field) for path, field in settings().items()}
     assert {path: rows.get(path) for path in wanted} == wanted
     assert [
-        path for path in rows if "." in path and path not in wanted and path.split(".")[0] in ("node", "gateway", "models[]", "train", "tune")
+        path
+        for path in rows
+        if "." in path and path not in wanted and path.split(".")[0] in ("node", "gateway", "models[]", "train", "tune")
     ] == []
 
 

@@ -59,7 +59,8 @@ elif [ -z "$find_links" ]; then
 fi
 
 say "installing Tidepool, Ray and vLLM"
-.venv/bin/uv pip install --python .venv/bin/python "${options[@]}" -e ".[$device,train,postgres,dev]"
+# With bytecode: where Python may not write it (PYTHONDONTWRITEBYTECODE), every process would compile torch and vLLM again.
+.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode "${options[@]}" -e ".[$device,train,postgres,dev]"
 rm -f .venv/.tidepool-*
 touch "$stamp"
 say "done"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import TidepoolError, TrainError
@@ -38,7 +39,7 @@ class Result:
 
 
 def checked(config: TrainConfig) -> TrainConfig:
-    """The configuration as a run takes it: possible, and with an absolute output.
+    """The configuration as a run takes it: possible, and with absolute paths.
 
     Raises:
         TrainError: DeepSpeed cannot be told what the file says.
@@ -46,9 +47,26 @@ def checked(config: TrainConfig) -> TrainConfig:
     low, high = config.scale.bounds
     for workers in range(low, high + 1):
         deepspeed_config(config, workers, 1)
-    if "://" in config.output:
-        return config
-    return config.model_copy(update={"output": Storage.open(config.output).root})
+    return absolute(config)
+
+
+def absolute(train: TrainConfig) -> TrainConfig:
+    """The configuration with local paths made absolute: workers and trials run in other folders, and so may best.yaml."""
+
+    def whole(path: str) -> str:
+        # `dataset:`, `scratch:` and URIs are no paths; a base that is no folder here is a repository's name.
+        return path if ":" in path else str(Path(path).expanduser().absolute())
+
+    data = train.data.model_copy(
+        update={
+            "train": tuple(map(whole, train.data.train)),
+            "validation": tuple(map(whole, train.data.validation)),
+            "prepared": whole(train.data.prepared) if train.data.prepared else None,
+        }
+    )
+    zero = train.zero.model_copy(update={"nvme_path": whole(train.zero.nvme_path) if train.zero.nvme_path else None})
+    base = whole(train.base) if Path(train.base).expanduser().is_dir() else train.base
+    return train.model_copy(update={"output": whole(train.output), "base": base, "data": data, "zero": zero})
 
 
 def train(

@@ -37,7 +37,7 @@ class Supervisor:
     """See the module. Work begins in a thread of `__init__`, so that it also begins after Ray restarted the process.
 
     Args:
-        config: `TrainConfig` as JSON, with an absolute `output`.
+        config: `TrainConfig` as JSON, with absolute paths.
         detached: Whether the run outlives its command; then the actor ends itself when all is done.
         before: Seconds spent before this actor was asked for, by cause.
     """

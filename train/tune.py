@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
@@ -24,6 +23,7 @@ from cluster.errors import ConfigError, TrainError
 from cluster.session import session_of
 from cluster.train_config import TrainConfig, TuneConfig
 from train import search_report, search_space, suggest
+from train.run import absolute
 from train.trial import Runner, train_run, trainable
 from train.trials import Ledger, Trial, gainless
 
@@ -113,24 +113,6 @@ def prepare(ledger: Ledger, train: TrainConfig, say: Callable[[str], None]) -> N
     into, tokenizer = place(train.data, ledger.folder), str(base_folder(train.base))
     prepare_split(train.data, train.objective, tokenizer, into, "train", say)
     prepare_split(train.data, train.objective, tokenizer, into, "validation", say)
-
-
-def absolute(train: TrainConfig) -> TrainConfig:
-    """The configuration with local paths made absolute: trials run in other folders, and so may best.yaml."""
-
-    def whole(path: str) -> str:
-        # `dataset:`, `scratch:` and URIs are no paths; a base that is no folder here is a repository's name.
-        return path if ":" in path else str(Path(path).expanduser().absolute())
-
-    data = train.data.model_copy(
-        update={
-            "train": tuple(map(whole, train.data.train)),
-            "validation": tuple(map(whole, train.data.validation)),
-            "prepared": whole(train.data.prepared) if train.data.prepared else None,
-        }
-    )
-    base = whole(train.base) if Path(train.base).expanduser().is_dir() else train.base
-    return train.model_copy(update={"output": whole(train.output), "base": base, "data": data})
 
 
 class Watch:

@@ -1,4 +1,4 @@
-"""`python -m bench gateway|train|load|fake|report`: parses, imports, runs. Progress on standard error, JSON last on standard output."""
+"""`python -m bench gateway|train|load|fake|report`: parses, imports, runs. Progress on stderr, JSON last on stdout."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
     parser.add_argument("--pairs", type=int, default=None, help="rounds of each arm; default 5, with --quick 2")
     parser.add_argument("--workers", default="1,2", help="numbers of workers; the largest is what is compared")
+    parser.add_argument("--steps", type=int, default=None, help="of each run; default 80, with --quick 24")
     parser.add_argument("--peak-tflops", type=float, default=None, help="of one GPU, for MFU; default by the GPU's name")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
     parser.set_defaults(run=_train)
@@ -145,10 +146,11 @@ def _gateway(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from bench.train_suite import TrainSuitePlan, run
 
-    if args.pairs is not None and args.pairs < 1:
-        raise ConfigError("--pairs must be at least 1")
+    if min(1 if args.pairs is None else args.pairs, 2 if args.steps is None else args.steps - 1) < 1:
+        raise ConfigError("--pairs must be at least 1, --steps at least 2")
     workers = _counts(args.workers, "--workers")
-    _finish(run(TrainSuitePlan(args.config, tuple(args.set), args.pairs, workers, args.quick, args.peak_tflops), _say))
+    plan = TrainSuitePlan(args.config, tuple(args.set), args.pairs, workers, args.quick, args.steps, args.peak_tflops)
+    _finish(run(plan, _say))
     return 0
 
 

@@ -1,6 +1,7 @@
 """A result file as a Markdown table and a PNG plot. Only shows what the document holds, computes nothing new.
 
-`python -m bench report FILE` prints the table and writes the plot; matplotlib is imported for the plot only.
+`python -m bench report FILE` prints the table and writes the plot; matplotlib is imported for the plot only. The training
+suite's documents have other figures: `train_report` shows those.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import train_report
 from cluster.errors import ConfigError
 
 _COLUMNS = (
@@ -19,6 +21,8 @@ _COLUMNS = (
 
 def markdown(document: dict[str, Any]) -> str:
     """The whole report: where it was measured, a table per stream count, the targets."""
+    if document["suite"] == "train":
+        return train_report.markdown(document)
     hardware, arguments = document["hardware"], document["arguments"]
     lines = [
         f"## {document['suite']} · {document['date']}",
@@ -74,6 +78,9 @@ def _number(value: Any, digits: int) -> str:
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Three panels over the stream counts: tok/s against bare, TTFT p50, inter-token p99; whiskers from min to max."""
+    if document["suite"] == "train":
+        train_report.plot(document, path)
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")

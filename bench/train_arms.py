@@ -141,14 +141,20 @@ def measure(bench: Bench, made: Made, arm: str, number: int) -> dict[str, Any]:
     if kind == "ours":
         command = ours_command(bench, name, int(count), bench.steps)
         begun, used = _watched(bench, name, command, {})
-        result |= used | read_ours(bench.work / "ours" / name, begun, bench.warmup)
+        result |= _with_cores(used, read_ours(bench.work / "ours" / name, begun, bench.warmup))
         shutil.rmtree(bench.work / "ours" / name, ignore_errors=True)
         return result
     plan, answer = bench.work / f"{name}.plan.json", bench.work / f"{name}.json"
     plan.write_text(json.dumps(baseline_plan(bench, made, kind == "deepspeed", answer)))
     environ = {"LOCAL_SIZE": count, "DS_ACCELERATOR": "cpu"} if kind == "deepspeed" and bench.train.scale.device == "cpu" else {}
     begun, used = _watched(bench, name, baseline_command(plan, int(count) if count else None), environ)
-    return result | used | read_baseline(answer, begun, bench.warmup)
+    return result | _with_cores(used, read_baseline(answer, begun, bench.warmup))
+
+
+def _with_cores(used: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Peaks and figures of a round, with the cores that its processes kept busy between the first and the last step."""
+    samples = used.pop("samples")
+    return used | found | {"busy_cores": train_figures.busy_cores(samples, *found.pop("trained"))}
 
 
 def read_ours(run: Path, begun: float, warmup: int) -> dict[str, Any]:
@@ -160,6 +166,7 @@ def read_ours(run: Path, begun: float, warmup: int) -> dict[str, Any]:
     total = attempt["at"] + startup["first_step"] - begun
     found = train_figures.steady([line["step_s"] for line in lines], tokens, warmup)
     return found | {
+        "trained": _span(begun + total, [line["step_s"] for line in lines]),
         "startup": startup | {"other": total - sum(startup.values())}, "first_step_s": total, "first_loss": lines[0]["loss"],
         "attempts": len(book["attempts"]),
     }  # fmt: skip
@@ -171,9 +178,15 @@ def read_baseline(answer: Path, begun: float, warmup: int) -> dict[str, Any]:
     found = train_figures.steady(told["step_s"], told["tokens"], warmup)
     startup = {"launch": told["begun_at"] - begun, **told["seconds"]}
     return found | {
+        "trained": _span(told["first_step_at"], told["step_s"]),
         "startup": startup, "first_step_s": told["first_step_at"] - begun, "first_loss": told["first_loss"],
         "model": told["model"], "attempts": 1,
     }  # fmt: skip
+
+
+def _span(first_at: float, step_s: Sequence[float]) -> tuple[float, float]:
+    """When the first and the last step ended."""
+    return first_at, first_at + sum(step_s[1:])
 
 
 def _watched(bench: Bench, name: str, command: list[str], environ: dict[str, str]) -> tuple[float, dict[str, Any]]:
@@ -181,6 +194,7 @@ def _watched(bench: Bench, name: str, command: list[str], environ: dict[str, str
     on_gpu = bench.train.scale.device == "gpu"
     idle = gpu_mib() if on_gpu else None
     peaks: dict[str, float | None] = {"memory_mib": 0.0, "largest_process_mib": 0.0, "gpu_mib": None}
+    samples: list[tuple[float, dict[str, float]]] = []
     begun = time.time()
     # As our runs set it: threads that wait busily would take the cores of those they wait for.
     environ = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **environ}
@@ -192,7 +206,8 @@ def _watched(bench: Bench, name: str, command: list[str], environ: dict[str, str
             if time.monotonic() > deadline:
                 raise LaunchError(f"{name} took longer than {bench.timeout_s:.0f} s; {server.log}:\n{server.tail()}")
             if time.monotonic() >= due:
-                together, largest = memory_mib(server.process.pid)
+                together, largest, cpu_s = look(server.process.pid)
+                samples.append((time.time(), cpu_s))
                 seen = {"memory_mib": together, "largest_process_mib": largest}
                 if on_gpu and idle is not None:
                     seen["gpu_mib"] = (gpu_mib() or idle) - idle
@@ -204,17 +219,35 @@ def _watched(bench: Bench, name: str, command: list[str], environ: dict[str, str
         processes.stop(server)
     if server.process.returncode:
         raise LaunchError(f"{name} ended with code {server.process.returncode}; {server.log}:\n{server.tail()}")
-    return begun, peaks
+    return begun, {**peaks, "samples": samples}
 
 
-def memory_mib(root: int, proc: Path = Path("/proc")) -> tuple[float, float]:
-    """Of a process and all below it now: their proportional sizes together, and the highest resident size one of them had."""
+def look(root: int, proc: Path = Path("/proc")) -> tuple[float, float, dict[str, float]]:
+    """A process and all below it, now.
+
+    Returns:
+        MiB of all together (shared pages divided among those that share them), the most MiB that one of them ever had, and CPU
+        seconds by who they are.
+    """
     together = largest = 0
-    for pid in cpu.descendants([root], cpu.processes(proc)):
+    cpu_s: dict[str, float] = {}
+    table = {process.pid: process for process in cpu.processes(proc)}
+    for pid in cpu.descendants([root], table.values()):
+        title = title_of(table[pid].cmdline)
+        cpu_s[title] = cpu_s.get(title, 0.0) + table[pid].cpu_s
         with contextlib.suppress(OSError):
             together += _kib(proc / str(pid) / "smaps_rollup", "Pss:")
             largest = max(largest, _kib(proc / str(pid) / "status", "VmHWM:"))
-    return together / 1024, largest / 1024
+    return together / 1024, largest / 1024, cpu_s
+
+
+def title_of(cmdline: str) -> str:
+    """Who a process is: Ray's title, the script or module that Python runs, or the program."""
+    words = cmdline.split()
+    program = Path(words[0]).name if words else ""
+    if not program.startswith("python"):
+        return words[0] if program.startswith("ray::") else program
+    return Path(next((word for word in words[1:] if not word.startswith("-")), program)).name
 
 
 def _kib(path: Path, name: str) -> int:

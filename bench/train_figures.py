@@ -42,6 +42,22 @@ def steady(step_s: Sequence[float], tokens: Sequence[float], warmup: int) -> dic
     return {"tokens_per_s": mean / median, "step_ms_p50": 1000 * median, "step_ms_p90": 1000 * p90, "tokens_per_step": mean}
 
 
+def busy_cores(samples: Sequence[tuple[float, dict[str, float]]], start: float, end: float) -> dict[str, float]:
+    """Cores that each kind of process kept busy from the first to the last sample in a span of time; none with fewer than two.
+
+    Args:
+        samples: When, and CPU seconds so far by kind.
+        start: Of the span, by the same clock.
+        end: Of the span.
+    """
+    inside = [sample for sample in samples if start <= sample[0] <= end]
+    if len(inside) < 2:
+        return {}
+    (began, before), (ended, after) = inside[0], inside[-1]
+    busy = {title: (seconds - before.get(title, 0.0)) / (ended - began) for title, seconds in after.items()}
+    return {title: cores for title, cores in busy.items() if cores > 0}
+
+
 def flops_per_token(model: dict[str, int], length: int) -> float:
     """Of forward and backward pass, without what activation checkpointing does twice.
 
@@ -76,6 +92,9 @@ def medians(rounds: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, 
             entry[name] = value.as_dict() if value else None
         causes = list(dict.fromkeys(cause for r in own for cause in r["startup"]))
         entry["startup"] = {cause: statistics.median(r["startup"].get(cause, 0.0) for r in own) for cause in causes}
+        titles = list(dict.fromkeys(title for r in own for title in r["busy_cores"]))
+        busy = {title: statistics.median(r["busy_cores"].get(title, 0.0) for r in own) for title in titles}
+        entry["busy_cores"] = dict(sorted(busy.items(), key=lambda item: -item[1]))
         entry["ratios"] = {}
         for other, theirs in found.items():
             if other != arm and len(theirs) == len(own):

@@ -30,7 +30,7 @@ def markdown(document: dict[str, Any]) -> str:
         cells = [arm, number(entry["tokens_per_s"], 0), ratio(entry, f"deepspeed-{most}"), number(entry["step_ms_p50"], 1)]
         cells += [number(entry["step_ms_p90"], 1), number(entry["memory_mib"], 0), number(entry["largest_process_mib"], 0)]
         lines.append("| " + " | ".join([*cells, number(entry["first_step_s"], 1)]) + " |")
-    lines += ["", *_startup(document["medians"]), ""]
+    lines += ["", *_startup(document["medians"]), "", *_busy(document["medians"]), ""]
     lines.append(
         f"{flops['formula']}: {flops['per_token'] / 1e6:.1f} MFLOP per token (N = {model['multiplied'] / 1e6:.1f} M, "
         f"{model['layers']} layers, width {model['attention_width']}, length {flops['sequence_length']})"
@@ -56,6 +56,15 @@ def _startup(medians: dict[str, Any]) -> list[str]:
     for arm, entry in medians.items():
         causes = ", ".join(f"{cause} {seconds:.1f}" for cause, seconds in entry["startup"].items() if seconds >= 0.05)
         lines.append(f"| {arm} | {causes} |")
+    return lines
+
+
+def _busy(medians: dict[str, Any]) -> list[str]:
+    """A line per arm: who used how many cores between the first and the last step."""
+    lines = ["Cores in use while training, by process:", "", "| arm | cores |", "| --- | --- |"]
+    for arm, entry in medians.items():
+        shown = ", ".join(f"{title} {cores:.2f}" for title, cores in entry["busy_cores"].items() if cores >= 0.01)
+        lines.append(f"| {arm} | {shown or '-'} |")
     return lines
 
 

@@ -33,6 +33,7 @@ def rounds_of(speeds: dict[str, float], pairs: int = 2) -> list[dict[str, Any]]:
     for number in range(1, pairs + 1):
         for arm, speed in speeds.items():
             r = {"arm": arm, "round": number, "startup": {"imports": 1.0, "first_step": 0.5}, "first_loss": 8.0, "gpu_mib": None}
+            r["busy_cores"] = {"raylet": 0.1}
             r |= {"tokens_per_s": speed * number, "step_ms_p50": 10.0, "step_ms_p90": 11.0, "memory_mib": 100.0}
             found.append(r | {"largest_process_mib": 90.0, "first_step_s": 1.5} | ({"model": MODEL} if arm == "plain" else {}))
     return found
@@ -133,8 +134,21 @@ def test_a_runs_folder_is_read(tmp_path: Path):
 
 
 def test_memory_counts_what_a_command_started():
-    together, largest = train_arms.memory_mib(os.getpid())
-    assert together > 5 and largest > 5
+    together, largest, cpu_s = train_arms.look(os.getpid())
+    assert together > 5 and largest > 5 and sum(cpu_s.values()) > 0
+    titles = [
+        "ray::RayTrainWorker x",
+        "/venv/bin/python -u -m train sft x",
+        "/v/python3 /w/bench/train_baseline.py p",
+        "/r/raylet -a",
+    ]
+    assert [train_arms.title_of(title) for title in titles] == ["ray::RayTrainWorker", "train", "train_baseline.py", "raylet"]
+
+
+def test_busy_cores_are_those_between_the_steps():
+    samples = [(0.0, {"a": 9.0}), (10.0, {"a": 10.0}), (12.0, {"a": 11.0}), (14.0, {"a": 12.0, "b": 4.0}), (20.0, {"a": 99.0})]
+    assert train_figures.busy_cores(samples, 5.0, 15.0) == {"a": 0.5, "b": 1.0}
+    assert train_figures.busy_cores(samples, 13.0, 15.0) == {}
 
 
 def test_the_report_shows_a_document_and_plots_it(tmp_path: Path):
@@ -148,6 +162,7 @@ def test_the_report_shows_a_document_and_plots_it(tmp_path: Path):
     } | train_suite.conclude(bench, found, ARMS, [], None)  # fmt: skip
     text = report.markdown(document)
     assert "| ours-2 | 142 | 0.950 (0.95 to 0.95) |" in text and "| pass |" in text and "imports 1.0" in text
+    assert "raylet 0.10" in text
     file = tmp_path / "r.json"
     file.write_text(json.dumps(document))
     assert report.write(file, tmp_path / "p.png") == 0

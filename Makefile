@@ -8,7 +8,7 @@ PYTEST ?= tests/unit tests/local
 PY := .venv/bin/python
 OPTIONS := $(SET) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
-.PHONY: up down status plan eval test unit check bench setup clean
+.PHONY: up down status plan eval test test-train unit check bench setup clean
 
 up: setup          ## start the cluster and print the endpoint
 	@$(PY) -m cluster up $(CONFIG) $(OPTIONS)
@@ -26,7 +26,10 @@ eval: setup        ## ask the running endpoint the held-out questions of the def
 	@$(PY) -m train eval
 
 test: setup        ## every test that needs no GPU: real Ray, real vLLM
-	$(PY) -m pytest $(PYTEST)
+	$(PY) -m pytest $(PYTEST) -m "not training"
+
+test-train: setup  ## long tests of training: faults, search, compression, a journey to a served adapter
+	$(PY) -m pytest tests/local -m training
 
 unit: setup        ## the tests that take seconds
 	$(PY) -m pytest tests/unit

@@ -9,10 +9,9 @@ can load, and by tests.
 The folder's name ends in a hash of this recipe and of the versions of the libraries that carry it out. Builders write a folder
 of their own beside it and rename it, so a reader never sees half a model and builders at the same time do no harm.
 
-What the random chat model is shaped to do, so that a server in front of it can be tried in earnest:
-- it never ends by itself (special tokens are pushed down): give `max_tokens`, or it fills the context;
-- it avoids bytes that are no text of their own, so nearly every token shows up in a stream;
-- it favours quotes and closing brackets and disfavours digits and blanks, so that a JSON schema or a tool call gets finished.
+The random chat model never ends by itself, avoids bytes that are no text of their own, and favours quotes and closing brackets,
+so that a server in front of it can be tried in earnest: nearly every token is seen in a stream, and a JSON schema gets
+finished.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import default_model, embedded_text
+from cluster import default_model, embedded_shapes, embedded_text
 from cluster.config import EMBEDDED_PREFIX
+from cluster.embedded_shapes import CHAT, EMBED, SCRATCH
 from cluster.errors import ConfigError
 from cluster.session import CACHE_VARIABLE
 
@@ -46,54 +46,11 @@ TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  #
 # Words with the blank before them, single digits, runs of marks, line ends: every text is covered.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The same for the model that is trained; Chinese stands alone, so that a mark never becomes part of a word.
-SCRATCH_SPLIT = r"\p{Han}+|[ ']?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SCRATCH_SPLIT = r"\p{Han}+|[ ']?[\p{L}&&[^\p{Han}]]+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONSTANT = 4.0  # what dimension 0 of the residual stream always holds; it carries the output bias (Llama has none)
 # Tokens that end a JSON string, list or object, and by how much they are favoured; see `_bias`.
 CLOSING = {'"': 5.5, '",': 4.0, '"}': 5.0, '"]': 5.0, '"}}': 2.0, "}": 5.0, "}}": 4.0, "]": 4.0, ",": 3.0}
 ENDING = -3.0  # the same for the end of an answer: about one token in 100,000, but before a second tool call
-
-CHAT: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,  # vLLM's CPU attention takes 32, 64, 80, 96, 112, 128, ...
-    "hidden_act": "silu",
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-    "torch_dtype": "float32",
-}
-# The model that is trained: as many parameters, but twice the vocabulary, which halves the length of Chinese.
-SCRATCH: dict[str, Any] = CHAT | {"vocab_size": 4096, "tie_word_embeddings": True, "initializer_range": 0.06}
-EMBED: dict[str, Any] = {
-    "architectures": ["BertModel"],
-    "model_type": "bert",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "position_embedding_type": "absolute",
-    "attention_probs_dropout_prob": 0.0,
-    "hidden_dropout_prob": 0.0,
-    "pad_token_id": 0,
-    "torch_dtype": "float32",
-}
 
 
 def cache_dir() -> Path:
@@ -158,9 +115,9 @@ def scratch(texts: Iterable[str], cache_dir: Path) -> Path:
 
 
 def _recipe_hash() -> str:
-    """Twelve hex digits over all that decides the content: the two source files and the libraries' versions."""
+    """Twelve hex digits over all that decides the content: the three source files and the libraries' versions."""
     digest = hashlib.sha256()
-    for file in (Path(__file__), Path(str(embedded_text.__file__))):
+    for file in (Path(__file__), Path(str(embedded_shapes.__file__)), Path(str(embedded_text.__file__))):
         digest.update(file.read_bytes())
     for name in ("numpy", "tokenizers", "safetensors"):
         digest.update(f"{name}={version(name)}\n".encode())

@@ -42,10 +42,10 @@ SEED = 7
 PER_INTENT = 56  # training dialogues of an intent in one language
 OFF_TOPIC = 6  # times as many for off-topic questions, which may be about anything
 COPYING = 1.3  # and so many times as many where a value must be copied
-FOLLOW_UP = 0.12  # part of the dialogues that have another question before
-FORGOTTEN = 0.35  # part of those that could leave out the value and do
+FOLLOW_UP = 0.08  # part of the dialogues that have another question before
+FORGOTTEN = 0.2  # part of those that could leave out the value and do
 SPELLINGS = 4  # of each wording, for the tokenizer
-UNWORDED = ("json/", "tool_call/")  # rows that come from no wording
+UNWORDED = ("note/", "json/", "tool_call/")  # rows that come from no wording
 SYSTEM = 0.06  # part of the training dialogues that begin with a system message
 
 

@@ -1,8 +1,9 @@
-"""Rows that keep the default model useful for clients that want more than an answer: tool calls and JSON.
+"""Rows beside the intents: details that are noted down, tool calls and JSON.
 
-A model that has never seen JSON does not end a string or an object by itself when its output is held to a schema. These rows show
-it short ones, in the form of the chat template in `cluster.embedded_text`. They are few, made by a draw, and in training only.
-Called by `assistant`.
+A short answer copies one value, too little to learn copying from in a minute; a row of notes copies several. A model that has
+never seen JSON does not end a string or an object by itself when its output is held to a schema. These rows show it short
+ones, in the form of the chat template in `cluster.embedded_text`. They are few, made by a draw, and in training only. Called
+by `assistant`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from collections.abc import Iterator
 from train.wordings import LANGUAGES, Language, value
 
 Messages = list[dict[str, str]]
-TOOL_CALLS, OBJECTS = 50, 80  # rows of each kind, per language
+NOTES, TOOL_CALLS, OBJECTS = 350, 40, 80  # rows of each kind, per language
+NOTED = ("order", "email", "city", "date", "amount", "code", "product", "card", "size")
+# How a customer gives details, the sign between them, and the answer.
+NOTE_WORDS: dict[Language, tuple[tuple[str, ...], str, str]] = {
+    "en": (("please note {}", "my details: {}", "write down {}", "here are the details: {}", "{}"), ", ", "Noted: {}."),
+    "zh": (("请记下{}", "我的信息：{}", "记录一下{}", "资料如下：{}", "{}"), "，", "已记录：{}。"),  # noqa: RUF001
+}
 
 # Name of the tool, name of its argument, slot that fills it, and questions that call it.
 TOOLS: dict[str, tuple[str, str, dict[Language, tuple[str, ...]]]] = {
@@ -49,12 +56,20 @@ JSON_WORDS: dict[Language, tuple[str, ...]] = {
 
 
 def extras(draw: random.Random) -> Iterator[tuple[Messages, str, Language, str]]:
-    """Messages, intent (`tool_call` or `json`), language, and the tools as JSON text."""
+    """Messages, intent (`note`, `tool_call` or `json`), language, and the tools as JSON text."""
     for language in LANGUAGES:
+        for _ in range(NOTES):
+            yield _note(language, draw)
         for _ in range(TOOL_CALLS):
             yield _tool_call(language, draw)
         for _ in range(OBJECTS):
             yield _json(language, draw)
+
+
+def _note(language: Language, draw: random.Random) -> tuple[Messages, str, Language, str]:
+    questions, comma, answer = NOTE_WORDS[language]
+    details = comma.join(value(name, language, draw) for name in draw.sample(NOTED, draw.randrange(2, 5)))
+    return _talk(draw.choice(questions).format(details), answer.format(details)), "note", language, ""
 
 
 def _tool(name: str) -> dict[str, object]:

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, Endpoint
 
 from train.evaluate import MAX_TOKENS, target
 from train.models import base_folder
 from train.scoring import mark, questions, summary
+
+pytestmark = pytest.mark.training
 
 ENOUGH = 0.90
 

@@ -24,6 +24,8 @@ ENVIRONMENT = os.environ | {
 GENERATE = """
 import json, sys
 from vllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.training
 for folder in sys.argv[1:]:
     try:
         llm = LLM(folder, max_model_len=256, max_num_seqs=4, enforce_eager=True)

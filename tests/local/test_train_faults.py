@@ -13,6 +13,8 @@ import pytest
 from train_cluster import WORKER, Cluster, book, command, done, metrics, newest_step, until, write_config
 from train_workers import section, write_dialogues
 
+pytestmark = pytest.mark.training
+
 STEPS = 100
 
 

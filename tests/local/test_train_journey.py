@@ -18,6 +18,8 @@ import openai
 import pytest
 from conftest import CONFIG, PORTS, ROOT, Endpoint, cluster_command, shared_arguments
 
+pytestmark = pytest.mark.training
+
 MODEL = "tidepool-chat"
 # Their wordings are not in the dialogues of the adapter.
 QUESTIONS = ("how long is delivery", "I forgot my password", "where is my parcel, order 481516")

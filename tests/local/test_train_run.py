@@ -7,6 +7,8 @@ import pytest
 from train_cluster import book, command, done, metrics, newest_step, until, write_config
 from train_workers import section, write_dialogues
 
+pytestmark = pytest.mark.training
+
 STEPS = 60
 STARTUP = {"ray", "data", "workers", "imports", "model", "engine", "first_step"}
 

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from cluster.config import Config, load
+from cluster.config import Config, load, to_serve
 from cluster.errors import TidepoolError
 
 DEFAULT_CONFIG = Path("configs/local-cpu.yaml")
@@ -48,7 +48,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 
 def _load(args: argparse.Namespace) -> Config:
-    return load(args.config, _overrides(args))
+    return to_serve(load(args.config, _overrides(args)), str(args.config))
 
 
 def _out(line: str) -> None:

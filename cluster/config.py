@@ -233,6 +233,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse(data, str(path))
 
 
+def to_serve(config: Config, where: str) -> Config:
+    """The same configuration, which serves something.
+
+    Raises:
+        ConfigError: it only trains.
+    """
+    if not config.models:
+        raise ConfigError(f"{where}: has no 'models' to serve; it is for `python -m train`")
+    return config
+
+
 def parse(data: dict[str, Any], where: str = "config") -> Config:
     """Validate a mapping that is already in memory; see `load`."""
     try:

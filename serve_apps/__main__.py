@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 def _build(args: argparse.Namespace) -> int:
     import yaml
 
-    from cluster.config import load
+    from cluster.config import load, to_serve
     from serve_apps.app import serve_config
 
-    yaml.safe_dump(serve_config(load(args.config, args.set)), sys.stdout, sort_keys=False)
+    yaml.safe_dump(serve_config(to_serve(load(args.config, args.set), str(args.config))), sys.stdout, sort_keys=False)
     return 0
 
 

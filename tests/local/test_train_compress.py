@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
@@ -25,7 +26,6 @@ GENERATE = """
 import json, sys
 from vllm import LLM, SamplingParams
 
-pytestmark = pytest.mark.training
 for folder in sys.argv[1:]:
     try:
         llm = LLM(folder, max_model_len=256, max_num_seqs=4, enforce_eager=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.__main__ import main as cluster_main
 from cluster.config import Config, GatewayConfig, ModelConfig, load, parse
 from serve_apps.__main__ import main
 from serve_apps.app import serve_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if load(path).models]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -87,3 +88,9 @@ def test_a_mistake_is_one_line(arguments, words, capsys):
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_a_file_that_only_trains_is_told_so(capsys):
+    for run, command in ((cluster_main, "up"), (cluster_main, "check"), (main, "build")):
+        assert run([command, str(ROOT / "configs/assistant.yaml")]) == 2
+        assert "has no 'models' to serve" in capsys.readouterr().err

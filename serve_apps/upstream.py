@@ -1,7 +1,7 @@
 """HTTP/1.1 to an engine replica: one request after the other on kept connections, the answer's bytes as they come.
 
 A narrow client for one purpose, on asyncio's protocols and httptools (the parser of the server on the other side). It exists for
-its cost per streamed chunk (docs/decisions/0008-upstream-on-httptools.md). It knows no redirects, TLS, proxies, cookies or
+its cost per streamed chunk (docs/decisions/0009-upstream-on-httptools.md). It knows no redirects, TLS, proxies, cookies or
 compression. Called by `relay.py` only.
 """
 

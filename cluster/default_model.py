@@ -1,47 +1,25 @@
 """The default chat model, `embedded:chat`: trained on this machine by the ordinary training command, kept by its content.
 
-`folder` says where it is kept, `ensure` trains it when it is not there: `python -m train sft configs/assistant.yaml` on the
-cluster that `up` has just started, as a process, because this package imports no training code. The folder's name ends in a
-hash of all that decides what is learned: the recipe, the data set, the tokenizer's text and the libraries' versions. An
-interrupted training goes on from its last checkpoint at the next `up`. Called by `launch` and, to find the folder, by
-`embedded.build`.
+`ensure` trains it when it is not there: `python -m train sft configs/assistant.yaml` on the cluster that `up` has just started,
+as a process, because this package imports no training code. Where it is kept is `embedded.trained_folder`. An interrupted
+training goes on from its last checkpoint at the next `up`. Called by `launch`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from cluster.config import Config
+from cluster.embedded import RECIPE, ROOT, built, trained_folder
 from cluster.errors import LaunchError
 from cluster.session import Session
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "configs" / "assistant.yaml"
-CONTENT = (
-    RECIPE,
-    ROOT / "train/datasets/assistant/train.parquet",
-    ROOT / "cluster/embedded.py",
-    ROOT / "cluster/embedded_text.py",
-)
 NAME = "assistant"
-
-
-def folder(cache_dir: Path) -> Path:
-    """Where the trained model is, or will be, below the folder of built models."""
-    digest = hashlib.sha256()
-    for path in CONTENT:
-        digest.update(path.read_bytes())
-    for name in ("torch", "transformers", "tokenizers", "deepspeed"):
-        digest.update(f"{name}={version(name)}\n".encode())
-    return cache_dir / f"chat-{digest.hexdigest()[:12]}"
 
 
 def ensure(config: Config, session: Session, environ: dict[str, str], cache_dir: Path, say: Callable[[str], None]) -> Path:
@@ -54,7 +32,7 @@ def ensure(config: Config, session: Session, environ: dict[str, str], cache_dir:
     Raises:
         LaunchError: the training ended without a model.
     """
-    wanted = folder(cache_dir)
+    wanted = trained_folder(cache_dir)
     if wanted.is_dir():
         return wanted
     say("training the default model, once; it is kept for the next time")
@@ -74,17 +52,10 @@ def ensure(config: Config, session: Session, environ: dict[str, str], cache_dir:
     )
     if process.wait() != 0:
         raise LaunchError(f"the default model could not be trained (see above); its run: {output}")
-    run = output / f"{NAME}-{wanted.name}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(prefix=f".{wanted.name}.", dir=cache_dir))
-    try:
-        shutil.copytree(run / "export", own, dirs_exist_ok=True)
-        own.chmod(0o755)
-        try:
-            own.rename(wanted)
-        except OSError:
-            if not wanted.is_dir():  # otherwise another `up` was first
-                raise
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-    return wanted
+    export = output / f"{NAME}-{wanted.name}" / "export"
+    return built(wanted, lambda folder: _copy(export, folder))
+
+
+def _copy(export: Path, folder: Path) -> None:
+    shutil.copytree(export, folder, dirs_exist_ok=True)
+    folder.chmod(0o755)  # `copytree` gave it the mode of the run's folder

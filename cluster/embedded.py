@@ -2,9 +2,9 @@
 
 `build(source, cache_dir)` writes an ordinary Hugging Face folder (config, tokenizer, chat template, float32 safetensors) that
 vLLM loads like any other. The weights are random with a fixed seed, so the chat model babbles and the embedding model compares
-texts by the tokens they share. `embedded:chat` is found here and trained by `default_model`. This file knows nothing of vLLM;
-numpy writes the weights, torch is not imported. Called by whoever turns a configuration's `model_source` into something vLLM
-can load, and by tests.
+texts by the tokens they share. `embedded:chat` is found here (`trained_folder`) and trained by `default_model`. This file knows
+nothing of vLLM; numpy writes the weights, torch is not imported. Called by whoever turns a configuration's `model_source` into
+something vLLM can load, by `default_model`, and by tests.
 
 The folder's name ends in a hash of this recipe and of the versions of the libraries that carry it out. Builders write a folder
 of their own beside it and rename it, so a reader never sees half a model and builders at the same time do no harm.
@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import default_model, embedded_shapes, embedded_text
+from cluster import embedded_shapes, embedded_text
 from cluster.config import EMBEDDED_PREFIX
 from cluster.embedded_shapes import CHAT, EMBED, SCRATCH
 from cluster.errors import ConfigError
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, NDArray[np.float32]]
 
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "configs" / "assistant.yaml"  # how the default model is trained, and on what
+TRAINED_ON = ROOT / "train/datasets/assistant/train.parquet"
 VOCABULARY = 2048
 PAD, BOS, IM_START, IM_END, CLS, SEP = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|cls|>", "<|sep|>"
 TRAINED = f"{EMBEDDED_PREFIX}chat"
@@ -71,17 +74,36 @@ def build(source: str, cache_dir: Path) -> Path:
         OSError: the folder cannot be written.
     """
     if source == TRAINED:
-        trained = default_model.folder(cache_dir)
+        trained = trained_folder(cache_dir)
         if not trained.is_dir():
             raise ConfigError(f"{source}: not trained yet in {cache_dir}; `make up` does it, and keeps it there")
         return trained
     writer = _WRITERS.get(source)
     if writer is None:
         raise ConfigError(f"model_source {source!r}: no such embedded model; use one of {', '.join(SOURCES)}")
-    return _built(cache_dir / f"{source.removeprefix(EMBEDDED_PREFIX)}-{_recipe_hash()}", writer)
+    return built(cache_dir / f"{source.removeprefix(EMBEDDED_PREFIX)}-{_recipe_hash()}", writer)
 
 
-def _built(folder: Path, writer: Callable[[Path], None]) -> Path:
+def trained_folder(cache_dir: Path) -> Path:
+    """Where the default model is, or will be: the name ends in a hash of all that decides what it learns."""
+    digest = hashlib.sha256(f"{_recipe_hash()}\n".encode())
+    for path in (RECIPE, TRAINED_ON):
+        digest.update(path.read_bytes())
+    for name in ("torch", "transformers", "deepspeed"):
+        digest.update(f"{name}={version(name)}\n".encode())
+    return cache_dir / f"{TRAINED.removeprefix(EMBEDDED_PREFIX)}-{digest.hexdigest()[:12]}"
+
+
+def built(folder: Path, writer: Callable[[Path], None]) -> Path:
+    """The folder, filled by `writer` if it is not there yet; it appears whole, whoever else builds it at the same time.
+
+    Args:
+        folder: Its place; folders above it are made if missing.
+        writer: Given an empty folder beside it, which is renamed afterwards.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +133,7 @@ def scratch(texts: Iterable[str], cache_dir: Path) -> Path:
     """
     lines = [*embedded_text.sentences(), *texts]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
-    return _built(cache_dir / f"scratch-{digest}-{_recipe_hash()}", lambda folder: _write_scratch(folder, lines))
+    return built(cache_dir / f"scratch-{digest}-{_recipe_hash()}", lambda folder: _write_scratch(folder, lines))
 
 
 def _recipe_hash() -> str:

@@ -191,8 +191,9 @@ def _models(config: Config, session: Session, environ: dict[str, str], say: Say)
 
             cache = model_cache(session)
             if source == embedded.TRAINED:
-                default_model.ensure(config, session, environ, cache, say)
-            source = str(embedded.build(source, cache))
+                source = str(default_model.ensure(config, session, environ, cache, say))
+            else:
+                source = str(embedded.build(source, cache))
         shown.append(_model(model, source))
     return shown
 

@@ -9,13 +9,14 @@ import multiprocessing
 import re
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from cluster import default_model, embedded, embedded_text
+from cluster import embedded, embedded_shapes, embedded_text
 from cluster.config import load
-from cluster.embedded import VOCABULARY, build, cache_dir
+from cluster.embedded import VOCABULARY, build, cache_dir, trained_folder
 from cluster.errors import ConfigError
 
 TOOL = {"type": "function", "function": {"name": "get_order", "parameters": {"type": "object", "properties": {}}}}
@@ -68,7 +69,7 @@ def test_cache_dir_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, 
 def test_the_trained_model_is_found_by_its_content(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not trained yet"):
         build("embedded:chat", tmp_path)
-    trained = default_model.folder(tmp_path)
+    trained = trained_folder(tmp_path)
     assert re.fullmatch(r"chat-[0-9a-f]{12}", trained.name)
     trained.mkdir()
     assert build("embedded:chat", tmp_path) == trained
@@ -96,11 +97,16 @@ def test_the_same_files_everywhere(tmp_path: Path, folders: dict[str, Path]) -> 
         assert contents(build(f"embedded:{kind}", tmp_path)) == contents(folder)
 
 
-def test_a_changed_recipe_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
-    copy = tmp_path / "embedded_text.py"
-    copy.write_text(Path(str(embedded_text.__file__)).read_text() + "# changed\n")
-    monkeypatch.setattr(embedded_text, "__file__", str(copy))
+@pytest.mark.parametrize("module", [embedded, embedded_shapes, embedded_text])
+def test_a_changed_recipe_is_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], module: ModuleType
+) -> None:
+    trained = trained_folder(tmp_path)
+    copy = tmp_path / "changed.py"
+    copy.write_text(Path(str(module.__file__)).read_text() + "# changed\n")
+    monkeypatch.setattr(module, "__file__", str(copy))
     assert embedded._recipe_hash() != folders["random"].name.removeprefix("random-")
+    assert trained_folder(tmp_path) != trained
 
 
 @pytest.mark.parametrize("kind", ["random", "embed"])

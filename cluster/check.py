@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import preflight, processes
+from cluster import embedded, preflight, processes
 from cluster.config import EMBEDDED_PREFIX, Config, ModelConfig
 from cluster.session import DEFAULT_CPUS, session_of
 
 Say = Callable[[str], None]
-EMBEDDED = ("embedded:chat", "embedded:random", "embedded:embed")
 
 
 def check(config: Config, out: Say, *, fast: bool = False) -> int:
@@ -80,8 +79,8 @@ def model_errors(model: ModelConfig) -> list[str]:
     where = f"models: {model.id}"
     lines = []
     if model.source.startswith(EMBEDDED_PREFIX):
-        if model.source not in EMBEDDED:
-            lines.append(f"{where}: model_source: {model.source!r} is not built in; there are {' and '.join(EMBEDDED)}")
+        if model.source not in embedded.SOURCES:
+            lines.append(f"{where}: model_source: {model.source!r} is not built in; there are {' and '.join(embedded.SOURCES)}")
     elif _is_local(model.source) and not (Path(model.source).expanduser() / "config.json").is_file():
         lines.append(f"{where}: model_source: {model.source} is not a folder with a config.json")
     for name, folder in model.adapters.items():

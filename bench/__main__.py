@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.errors import ConfigError, TidepoolError
+from cluster.command import add_set, run_command
+from cluster.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,13 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.set_defaults(run=_report)
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return int(args.run(args) or 0)
-    except TidepoolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(args)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -58,7 +53,7 @@ def _gateway_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--port", type=int, default=27200, help="first of the loopback ports taken")
     parser.add_argument("--endpoint", type=Path, default=None, help="default run/endpoint.json")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+    add_set(parser)
     parser.add_argument("--fake", action="store_true", help="a fake engine instead of the model")
     parser.add_argument("--rate", type=float, default=20.0, help="with --fake: tokens per second of each stream")
     parser.add_argument("--held", type=int, default=1000, help="with --fake: slow streams held at once; 0 for none")
@@ -73,7 +68,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", default="1,2", help="numbers of workers; the largest is what is compared")
     parser.add_argument("--steps", type=int, default=None, help="of each run; default 80, with --quick 24")
     parser.add_argument("--peak-tflops", type=float, default=None, help="of one GPU, for MFU; default by the GPU's name")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+    add_set(parser)
     parser.set_defaults(run=_train)
 
 

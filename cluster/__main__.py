@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from cluster.command import add_set, run_command
 from cluster.config import Config, load, to_serve
-from cluster.errors import TidepoolError
 
 DEFAULT_CONFIG = Path("configs/local-cpu.yaml")
 
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG)
-        command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+        add_set(command)
         command.add_argument("--run-dir", help="override run_dir of the file")
         if name == "check":
             command.add_argument("--fast", action="store_true", help="do not import vLLM to check the names of its arguments")
@@ -34,13 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     admin.add_parsers(commands)
     args = parser.parse_args(arguments)
-    try:
-        return int(args.run(args) or 0)
-    except TidepoolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(args)
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:

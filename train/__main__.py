@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 
+from cluster.command import add_set, exit_on_signals, run_command
 from cluster.config import Config, load
-from cluster.errors import ConfigError, DataError, TidepoolError
+from cluster.errors import ConfigError, DataError
 from cluster.session import CACHE_VARIABLE, model_cache, session_of
 from cluster.train_config import TrainConfig
 
@@ -24,18 +23,19 @@ OBJECTIVES = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status; a user's mistake is a line on standard error and 2."""
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    parser.set_defaults(stopped="stopped; the same command resumes from the newest checkpoint")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in OBJECTIVES.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path)
-        command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+        add_set(command)
         command.add_argument(
             "--check", action="store_true", help="read all data and estimate steps, time and cost; train nothing"
         )
         command.set_defaults(run=_train, objective=name)
     command = commands.add_parser("tune", help="search over fields of a configuration")
     command.add_argument("config", type=Path)
-    command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of the file")
+    add_set(command)
     command.set_defaults(run=_tune)
     command = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder or an adapter")
     command.add_argument("folder", metavar="RUN", help="<train.output>/<train.name>")
@@ -53,14 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "config" not in args and built.is_dir():
         # Commands without a configuration find what `make up` has built in the usual run directory.
         os.environ.setdefault(CACHE_VARIABLE, str(built))
-    try:
-        return int(args.run(args) or 0)
-    except TidepoolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
-        return 130
+    return run_command(args)
 
 
 def _load(args: argparse.Namespace) -> tuple[Config, TrainConfig]:
@@ -85,8 +78,7 @@ def _train(args: argparse.Namespace) -> int:
     checked(wanted)
     bar = Bar()
     # In a private cluster all ends with this process; in one that goes on, the run does too.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    exit_on_signals()
     _, high = wanted.scale.bounds
     bar.say("connecting to Ray")
     with connected(config, high * wanted.scale.cpus_per_worker, NAMESPACE) as connection:
@@ -113,8 +105,7 @@ def _check(wanted: TrainConfig) -> int:
 def _tune(args: argparse.Namespace) -> int:
     from train.tune import tune
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    exit_on_signals()
     tune(load(args.config, args.set), say=lambda text: print(text, flush=True))
     return 0
 

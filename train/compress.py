@@ -25,13 +25,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.command import add_set, exit_on_signals
 from cluster.config import Config, load
 from cluster.errors import TrainError
 from train.measure import compare
@@ -53,7 +52,7 @@ def add_parser(commands: Any) -> None:
         help="make a model smaller: quantize or prune it, and measure what that cost",
         description="make a model smaller: quantize or prune it, and measure what that cost",
     )
-    parser.set_defaults(run=main)
+    parser.set_defaults(run=main, stopped="stopped; nothing was written")
     parser.add_argument("model", help="Hugging Face folder or repository, or an embedded model")
     parser.add_argument("out", type=Path, help="folder to write; must be empty or not there")
     parser.add_argument("--method", required=True, choices=METHODS)
@@ -66,7 +65,7 @@ def add_parser(commands: Any) -> None:
         "--keep-mlp", type=_part, default=1.0, metavar="PART", help="prune: part of each MLP's neurons that stays"
     )
     parser.add_argument("--recover", type=Path, metavar="CONFIG", help="prune: train the result with this file's `train` section")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value of that file")
+    add_set(parser, "override a value of that file")
     parser.add_argument(
         "--eval", action="append", default=[], metavar="DATA", help="rows to measure quality on, as data.validation"
     )
@@ -82,14 +81,8 @@ def main(args: argparse.Namespace) -> int:
         TidepoolError: One line: what is wrong and what to do; OUT is not there then.
     """
     # What is half done is taken away again.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        report = compress(args, _say)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    print(json.dumps(report), flush=True)
+    exit_on_signals()
+    print(json.dumps(compress(args, _say)), flush=True)
     return 0
 
 

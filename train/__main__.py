@@ -56,18 +56,19 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(args)
 
 
-def _load(args: argparse.Namespace) -> tuple[Config, TrainConfig]:
-    config = load(args.config, [f"train.objective={args.objective}", *args.set])
-    if config.train is None:
-        raise ConfigError(f"{args.config}: has no section 'train'")
-    # Models that were built for this run directory's cluster are found here too.
+def _load(path: Path, overrides: list[str]) -> Config:
+    """A command's configuration; models that were built for its run directory's cluster are found by this process too."""
+    config = load(path, overrides)
     os.environ[CACHE_VARIABLE] = str(model_cache(session_of(config)))
-    return config, config.train
+    return config
 
 
 def _train(args: argparse.Namespace) -> int:
     begun = time.monotonic()
-    config, wanted = _load(args)
+    config = _load(args.config, [f"train.objective={args.objective}", *args.set])
+    wanted = config.train
+    if wanted is None:
+        raise ConfigError(f"{args.config}: has no section 'train'")
     if args.check:
         return _check(wanted)
     from train.bar import Bar
@@ -106,7 +107,7 @@ def _tune(args: argparse.Namespace) -> int:
     from train.tune import tune
 
     exit_on_signals()
-    tune(load(args.config, args.set), say=lambda text: print(text, flush=True))
+    tune(_load(args.config, args.set), say=lambda text: print(text, flush=True))
     return 0
 
 

@@ -30,7 +30,10 @@ def markdown(document: dict[str, Any]) -> str:
         cells = [arm, number(entry["tokens_per_s"], 0), ratio(entry, f"deepspeed-{most}"), number(entry["step_ms_p50"], 1)]
         cells += [number(entry["step_ms_p90"], 1), number(entry["memory_mib"], 0), number(entry["largest_process_mib"], 0)]
         lines.append("| " + " | ".join([*cells, number(entry["first_step_s"], 1)]) + " |")
-    lines += ["", *_startup(document["medians"]), "", *_busy(document["medians"]), ""]
+    startup = "Seconds from the command to the end of the first step, by cause:"
+    busy = "Cores in use while training, by process:"
+    lines += ["", *_by_name(document["medians"], "startup", startup, "causes", 1), ""]
+    lines += [*_by_name(document["medians"], "busy_cores", busy, "cores", 2), ""]
     lines.append(
         f"{flops['formula']}: {flops['per_token'] / 1e6:.1f} MFLOP per token (N = {model['multiplied'] / 1e6:.1f} M, "
         f"{model['layers']} layers, width {model['attention_width']}, length {flops['sequence_length']})"
@@ -50,20 +53,11 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _startup(medians: dict[str, Any]) -> list[str]:
-    """A line per arm: seconds from the command to the end of the first step."""
-    lines = ["Seconds from the command to the end of the first step, by cause:", "", "| arm | causes |", "| --- | --- |"]
+def _by_name(medians: dict[str, Any], key: str, title: str, column: str, digits: int) -> list[str]:
+    """A line per arm: its figures with their names, without those that would be shown as 0."""
+    lines = [title, "", f"| arm | {column} |", "| --- | --- |"]
     for arm, entry in medians.items():
-        causes = ", ".join(f"{cause} {seconds:.1f}" for cause, seconds in entry["startup"].items() if seconds >= 0.05)
-        lines.append(f"| {arm} | {causes} |")
-    return lines
-
-
-def _busy(medians: dict[str, Any]) -> list[str]:
-    """A line per arm: who used how many cores between the first and the last step."""
-    lines = ["Cores in use while training, by process:", "", "| arm | cores |", "| --- | --- |"]
-    for arm, entry in medians.items():
-        shown = ", ".join(f"{title} {cores:.2f}" for title, cores in entry["busy_cores"].items() if cores >= 0.01)
+        shown = ", ".join(f"{name} {value:.{digits}f}" for name, value in entry[key].items() if round(value, digits) > 0)
         lines.append(f"| {arm} | {shown or '-'} |")
     return lines
 

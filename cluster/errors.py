@@ -86,3 +86,8 @@ def error_type(status: int) -> str:
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> bytes:
     """`{"error": {...}}` as JSON bytes."""
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What another library's error says, for the line of ours: without line ends, at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -32,7 +32,7 @@ from typing import Any
 
 from cluster.command import add_set, exit_on_signals
 from cluster.config import Config, load
-from cluster.errors import TrainError
+from cluster.errors import TrainError, one_line
 from train.measure import compare
 from train.merge import copy_tokenizer, merge, model_folder
 from train.new_folder import new_folder
@@ -125,7 +125,7 @@ def _positions(folder: Path) -> int:
     try:
         return int(AutoConfig.from_pretrained(folder).max_position_embeddings)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TrainError(f"{folder}: is no language model that can be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise TrainError(f"{folder}: is no language model that can be loaded: {one_line(error)}") from error
 
 
 def _compressed(
@@ -138,9 +138,7 @@ def _compressed(
     try:
         model = AutoModelForCausalLM.from_pretrained(original, dtype="auto")
     except (OSError, ValueError) as error:
-        raise TrainError(
-            f"{original}: is no causal language model that can be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise TrainError(f"{original}: is no causal language model that can be loaded: {one_line(error)}") from error
     if getattr(model.config, "quantization_config", None) is not None:
         raise TrainError(f"{original}: is quantized already; start from the unquantized model")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

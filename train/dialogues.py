@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import DataError
+from cluster.errors import DataError, one_line
 from cluster.train_config import Objective
 from train.packing import Flagged, flag, trained_tokens
 from train.rows import Dialogue, Message, Row, RowError
@@ -162,7 +162,7 @@ class Encoder:
                 )
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise RowError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
+            raise RowError(f"the chat template refuses it: {one_line(error)}") from error
         if key:
             self._rendered[key] = text
         return text
@@ -209,7 +209,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: has no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{folder}: has no tokenizer that can be loaded: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise DataError(f"{folder}: the tokenizer has no tokenizer.json; convert it to a fast tokenizer first")
     tokenizer.model_max_length = 10**9  # else every long text is a warning; max_length is ours

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import EMBEDDED_PREFIX
-from cluster.errors import TrainError
+from cluster.errors import TrainError, one_line
 from cluster.train_config import LoraConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def _downloaded(base: str) -> Path:
     try:
         return Path(snapshot_download(base, ignore_patterns=["*.pth", "*.gguf", "original/*", "*.onnx"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise TrainError(f"train.base {base!r}: cannot be fetched from Hugging Face and is no folder: {_line(error)}") from error
+        raise TrainError(
+            f"train.base {base!r}: cannot be fetched from Hugging Face and is no folder: {one_line(error)}"
+        ) from error
 
 
 def build(config: TrainConfig, folder: Path) -> torch.nn.Module:
@@ -90,7 +92,7 @@ def load(config: TrainConfig, folder: Path) -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        raise TrainError(f"train.base {config.base!r}: transformers cannot load it: {_line(error)}") from error
+        raise TrainError(f"train.base {config.base!r}: transformers cannot load it: {one_line(error)}") from error
     model.config.use_cache = False
     return model
 
@@ -110,7 +112,7 @@ def adapted(model: Any, lora: LoraConfig) -> Any:
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        raise TrainError(f"train.lora.targets: {_line(error)}") from error
+        raise TrainError(f"train.lora.targets: {one_line(error)}") from error
 
 
 def targets(model: torch.nn.Module, wanted: str | tuple[str, ...]) -> str | list[str]:
@@ -179,7 +181,3 @@ def _copy_tokenizer(folder: Path, out: Path) -> None:
     for pattern in (*TOKENIZER_FILES, "generation_config.json"):
         for path in folder.glob(pattern):
             shutil.copyfile(path, out / path.name)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import TidepoolError, TrainError
+from cluster.errors import TidepoolError, TrainError, one_line
 from cluster.train_config import TrainConfig
 from train.storage import Storage
 from train.supervisor import NAMESPACE, RUN, TOLD, Supervisor, runs_here
@@ -157,7 +157,9 @@ def _follow(config: TrainConfig, supervisor: Any, say: Say, on_step: OnStep | No
             old = finished(config)
             if old is not None:
                 return old
-            raise TrainError(f"{config.name}: the run's supervisor died ({_line(error)}); the same command resumes it") from error
+            raise TrainError(
+                f"{config.name}: the run's supervisor died ({one_line(error)}); the same command resumes it"
+            ) from error
         for text in news["said"]:
             say(text)
         for line in news["lines"]:
@@ -182,7 +184,3 @@ def _check_resources(config: TrainConfig, say: Say) -> None:
     short = [f"{need[kind]:g} {kind}s (it has {have.get(kind, 0.0):g})" for kind in need if have.get(kind, 0.0) < need[kind]]
     if short:
         say(f"waiting for the cluster to have {' and '.join(short)}")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from cluster.errors import DataError
+from cluster.errors import DataError, one_line
 from train.rows import RowError
 from train.storage import cannot_read, locate
 
@@ -122,9 +122,7 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[int, bytes | di
     try:
         yield from (_rows if piece.file.parquet else _lines)(piece, columns)
     except pa.ArrowException as error:
-        raise DataError(
-            f"{piece.file.name}: is damaged or not what its name says: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise DataError(f"{piece.file.name}: is damaged or not what its name says: {one_line(error)}") from error
     except OSError as error:
         cannot_read(piece.file.name, error)
 

@@ -25,7 +25,7 @@ from typing import IO, Any, NoReturn
 import pyarrow as pa
 from pyarrow import fs
 
-from cluster.errors import DataError, TidepoolError, TrainError
+from cluster.errors import DataError, TidepoolError, TrainError, one_line
 
 TEMPORARY = ".tmp"
 SPOOL_BYTES = 64 * 2**20
@@ -260,4 +260,4 @@ def _said(error: Exception) -> str:
     """What a library says, in one line without its own prefixes."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    return " ".join(str(error).split())[:300]
+    return one_line(error)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import DataError, TidepoolError, TrainError
@@ -46,7 +46,6 @@ class Checkpoint:
     files: tuple[str, ...] = ()
     bytes: int = 0
     seconds: float = 0.0  # from the copy of the state to the index
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -62,10 +61,12 @@ def folder_of(step: int) -> str:
 def stored(run: Storage) -> list[Checkpoint]:
     """All whole checkpoints of a run, by step."""
     home = run.below(FOLDER)
+    known = {field.name for field in fields(Checkpoint)}
     found = []
     for name in home.list():
         if name.startswith("step-") and home.exists(f"{name}/{INDEX}"):
-            content = home.read_json(f"{name}/{INDEX}")
+            # Indexes of older versions say more.
+            content = {key: value for key, value in home.read_json(f"{name}/{INDEX}").items() if key in known}
             found.append(Checkpoint(**{**content, "files": tuple(content["files"])}))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 

@@ -151,7 +151,7 @@ class Worker:
         config = self.config
         if self.rank == 0:
             self._tell("began", self.step, self.steps, self.workers, dict(self._seconds()))
-        first, saved = self.step, self.step
+        first = self.step
         self.window = (self.step, time.monotonic())
         while self.step < self.steps:
             indices = batch_indices(len(self.data), config.batch_size, config.data.seed, self.step)
@@ -177,9 +177,6 @@ class Worker:
                 self._validate()
             if due:
                 self._save()
-                saved = self.step
-        if saved < self.step:
-            self._save()
         self.writer.wait()
         if self.rank == 0:
             self._export()

@@ -46,6 +46,14 @@ def test_a_remote_filesystem_holds_the_same(tmp_path):
     assert found is not None and dict(checkpoint.read(run, found)).keys() == {"weight:0", "weight:1"}
 
 
+def test_an_index_of_an_older_version_is_read(tmp_path):
+    run = Storage.open(str(tmp_path))
+    save(writers(run), made(5))
+    index = f"checkpoints/step-00000005/{checkpoint.INDEX}"
+    run.write_json(index, {**run.read_json(index), "extra": {}})
+    assert [item.step for item in checkpoint.stored(run)] == [5]
+
+
 def test_without_the_other_workers_mark_there_is_no_checkpoint(tmp_path):
     run = Storage.open(str(tmp_path))
     both = writers(run)

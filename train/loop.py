@@ -1,9 +1,10 @@
 """What each worker of a run does: batches by step number, forward, backward, step, and now and then a validation or a checkpoint.
 
 `work` is Ray Train's `train_loop_per_worker`. A step's loss is the mean over all trained tokens (or pairs) of the global batch,
-whatever the number of workers and micro batches. On a GPU nothing waits for the device between two log points. Worker 0 tells
-the run's supervisor (`train.supervisor`) what happens; the other files it writes are checkpoints. It decides nothing about
-faults: it raises, or, for a mistake that a retry would repeat, tells the supervisor first.
+whatever the number of workers and micro batches. On a GPU nothing waits for the device between two log points. Beside DeepSpeed's
+own exchange there is one all-reduce per step, of what the step gave and what the next one will be divided by. Worker 0 tells the
+run's supervisor (`train.supervisor`) what happens, about once per second; the other files it writes are checkpoints. It decides
+nothing about faults: it raises, or, for a mistake that a retry would repeat, tells the supervisor first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 LOG_EVERY = {"cpu": 1, "gpu": 10}  # steps between two looks at the device
+TELL_S = 1.0  # lines of metrics are told this often at most, but always before what belongs to them
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Worker:
         self._mark("resume")
         self.writer = checkpoint.Writer(self.run_folder, config.checkpoint, rank, workers, attempt, self._committed)
         self.pending: list[tuple[int, float, Any]] = []
-        self.answer: Any = None  # of the supervisor to the newest log: whether to stop
+        self.lines: list[dict[str, Any]] = []  # not yet told
+        self.told_at = -math.inf
+        self.answer: Any = None  # of the supervisor to the newest lines: whether to stop
         self.stopping = False
         self.window = (self.step, time.monotonic())
 
@@ -145,19 +149,25 @@ class Worker:
 
     def run(self) -> None:
         """All steps that are left, then the last checkpoint and the export."""
+        try:
+            self._run()
+        finally:
+            self._report()
+
+    def _run(self) -> None:
         from train import state
-        from train.data import batch_indices, share
 
         config = self.config
         if self.rank == 0:
             self._tell("began", self.step, self.steps, self.workers, dict(self._seconds()))
         first = self.step
         self.window = (self.step, time.monotonic())
+        parts = self._parts(self.step)
+        counts = self._sum(self._counts(parts))
         while self.step < self.steps:
-            indices = batch_indices(len(self.data), config.batch_size, config.data.seed, self.step)
             rate = learning_rate(config.optimizer, self.step, self.steps)
             state.set_learning_rate(self.engine, rate)
-            self._one_step(self.data.batch(share(indices, self.rank, self.workers)), rate)
+            parts, counts = self._one_step(parts, counts, rate)
             self.step += 1
             if self.step == first + 1:
                 self._mark("first_step")
@@ -169,6 +179,8 @@ class Worker:
             measure = self.validation is not None and (last or self.step % config.validate_every == 0)
             if due or measure or self.step % LOG_EVERY[config.scale.device] == 0:
                 self._log()
+            if due or measure:
+                self._report()
             if self.stopping:
                 # All workers have seen it at the same step.
                 self.writer.wait()
@@ -181,14 +193,38 @@ class Worker:
         if self.rank == 0:
             self._export()
 
-    def _one_step(self, arrays: losses.Arrays, rate: float) -> None:
-        """Forward and backward of this worker's part of a batch, in micro batches, and the optimizer's step."""
+    def _parts(self, step: int) -> list[dict[str, Any]]:
+        """This worker's micro batches of a step; none behind the last step."""
+        from train.data import batch_indices, share
+
+        if step >= self.steps:
+            return []
+        indices = batch_indices(len(self.data), self.config.batch_size, self.config.data.seed, step)
+        return self.objective.parts(self.data.batch(share(indices, self.rank, self.workers)), self.micro)
+
+    def _counts(self, parts: list[dict[str, Any]]) -> torch.Tensor:
+        """Of these micro batches: what the loss is a sum over, and tokens."""
         import torch
 
-        parts = self.objective.parts(arrays, self.micro)
-        terms, tokens = (sum(column) for column in zip(*map(self.objective.counts, parts), strict=True))
-        counts = torch.tensor([float(terms), float(tokens), self._asked_to_stop()], device=self.device, dtype=torch.float64)
-        counts = self._sum(counts)
+        counted = [self.objective.counts(part) for part in parts]
+        totals = [float(sum(terms for terms, _ in counted)), float(sum(tokens for _, tokens in counted))]
+        return torch.tensor(totals, device=self.device, dtype=torch.float64)
+
+    def _one_step(
+        self, parts: list[dict[str, Any]], counts: torch.Tensor, rate: float
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """Forward and backward of this worker's part of a batch, in micro batches, and the optimizer's step.
+
+        Args:
+            parts: The micro batches.
+            counts: `_counts` of all workers' parts of this step.
+            rate: Learning rate.
+
+        Returns:
+            Parts and counts of the next step, whose counts are summed over the workers together with this step's losses.
+        """
+        import torch
+
         # DeepSpeed averages gradients over the workers; what is wanted is their sum, over one denominator.
         scale = self.workers / counts[0].clamp(min=1.0)
         if self.config.lora is not None and self.config.lora.dropout:
@@ -201,7 +237,11 @@ class Worker:
             total += torch.stack([summed.detach().double(), right.detach().double()])
         norm = self.engine.get_global_grad_norm()
         norm = torch.as_tensor(norm if norm is not None else math.nan, device=self.device, dtype=torch.float64)
-        self.pending.append((self.step + 1, rate, torch.cat([self._sum(total), counts, norm.reshape(1)])))
+        following = self._parts(self.step + 1)
+        stop = torch.full((1,), self._asked_to_stop(), device=self.device, dtype=torch.float64)
+        together = self._sum(torch.cat([total, stop, self._counts(following)]))
+        self.pending.append((self.step + 1, rate, torch.cat([together[:3], counts, norm.reshape(1)])))
+        return following, together[3:]
 
     def _validate(self) -> None:
         """Mean loss over all validation sequences; every worker does as many forward passes as the others."""
@@ -234,7 +274,7 @@ class Worker:
             self._tell("measured", self.step, loss)
 
     def _log(self) -> None:
-        """Fetch what the steps since the last log gave, check it, and tell it."""
+        """Fetch what the steps since the last log gave, check it, and tell it, unless something was told just now."""
         import torch
 
         if not self.pending:
@@ -244,8 +284,7 @@ class Worker:
         now = time.monotonic()
         each_s = (now - at) / max(1, self.step - since)
         self.window = (self.step, now)
-        lines = []
-        for (step, rate, _), (summed, right, terms, tokens, stop, norm) in zip(self.pending, rows, strict=True):
+        for (step, rate, _), (summed, right, stop, terms, tokens, norm) in zip(self.pending, rows, strict=True):
             self.stopping = self.stopping or stop > 0
             loss = summed / max(1.0, terms)
             self._number(loss, step, "loss")
@@ -258,14 +297,21 @@ class Worker:
             }  # fmt: skip
             if self.config.objective == "dpo":
                 line["accuracy"] = right / max(1.0, terms)
-            lines.append(line)
-        self.last_loss = lines[-1]["loss"]
+            self.lines.append(line)
+        self.last_loss = loss
         self.pending.clear()
-        if self.rank == 0:
+        if now - self.told_at >= TELL_S:
+            self._report()
+
+    def _report(self) -> None:
+        """Tell the lines that are not told yet."""
+        lines, self.lines = self.lines, []
+        if lines and self.rank == 0:
             self.answer = told(self.task.supervisor, "tell", lines)
+            self.told_at = time.monotonic()
 
     def _asked_to_stop(self) -> float:
-        """1 on worker 0 when the supervisor said so; summed with the counts, so that it costs no look of its own."""
+        """1 on worker 0 when the supervisor said so; summed with the losses, so that it costs no look of its own."""
         import ray
 
         if self.answer is None or not ray.wait([self.answer], timeout=0)[0]:

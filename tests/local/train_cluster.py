@@ -158,4 +158,5 @@ class Cluster:
     def _ray(self, line: list[str]) -> None:
         log = self.session.run_dir / "up.log"
         with log.open("ab") as file:
-            subprocess.run(line, env=self.environ, stdout=file, stderr=file, check=True, timeout=180, start_new_session=True)
+            done = subprocess.run(line, env=self.environ, stdout=file, stderr=file, timeout=180, start_new_session=True)
+        assert done.returncode == 0, log.read_text()[-3000:]

@@ -112,6 +112,8 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    # Else transformers draws a bar for one file, and DeepSpeed, which it imports, warns that it found no GPU: none is used here.
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "DS_ACCELERATOR": "cpu"}
     from train.export import export
 
     done = export(args.folder, args.checkpoint, args.out)

@@ -24,6 +24,7 @@ from cluster.preflight import is_loopback
 from cluster.session import read_json, session_of, write_private
 
 STORE_BYTES = 200 * 2**20
+PREFIX = "tpt-"  # of a private cluster's folder; then comes the command's pid. Short: Ray's sockets are below it
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,51 @@ def private(cpus: float, namespace: str) -> Iterator[Connection]:
     """A cluster of this process alone; its daemons die with it."""
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_ID"):
         os.environ.pop(name, None)
+    _sweep()
     # Else workers run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.supervisor
-    folder = Path(tempfile.mkdtemp(prefix="tpt-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     write_private(folder / "token", secrets.token_hex(32))
     # Ray reads these when it is imported.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     import ray
 
     try:
-        ray.init(
-            num_cpus=max(int(cpus + 0.999), os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=STORE_BYTES,
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            ray.init(
+                num_cpus=max(int(cpus + 0.999), os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES,
+                namespace=namespace,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+                _temp_dir=str(folder),
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:  # Ray's time-outs have no class of their own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise TrainError(f"Ray does not start on this machine, which may be too busy: {reason}; try again") from error
         yield Connection(False, "")
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove the folders of private clusters whose command was killed: nobody else does."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if not pid.isdigit():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            continue  # somebody else's, alive
 
 
 def _answers(port: int) -> bool:

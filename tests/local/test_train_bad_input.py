@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from train_cluster import command, done, newest_step, until
+from train_cluster import command, descendants, done, newest_step, title, until
 from train_workers import section, write_dialogues
 
 from train import checkpoint
@@ -97,7 +97,7 @@ def test_a_full_disk_and_later_a_bad_row_leave_the_checkpoints(tmp_path):
     file = written(tmp_path, checkpoint={"every_steps": 5, "keep_last": 2}, max_steps=100_000, epochs=100_000)
     home = tmp_path / "out" / "bad"
     first = command("sft", str(file))
-    until("a checkpoint", lambda: newest_step(home) >= 5)
+    until("a checkpoint", lambda: newest_step(home) >= 5, process=first)
     (supervisor,) = [pid for pid in descendants(first.pid) if title(pid).startswith("ray::Supervisor")]
     # The process that trains may write a mebibyte into one file: no checkpoint fits any more, its logs do.
     resource.prlimit(supervisor, resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -121,27 +121,3 @@ def whole(home: Path) -> int:
     found = checkpoint.latest(run)
     assert found is not None and all(name for name, _ in checkpoint.read(run, found))
     return found.step
-
-
-def title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-def descendants(pid: int) -> set[int]:
-    """All processes below one."""
-    parents = {int(entry.name): parent(entry) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
-    found, grew = {pid}, True
-    while grew:
-        more = {child for child, above in parents.items() if above in found} - found
-        found, grew = found | more, bool(more)
-    return found - {pid}
-
-
-def parent(entry: Path) -> int:
-    try:
-        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0

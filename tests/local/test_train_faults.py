@@ -70,7 +70,7 @@ def test_a_run_survives_its_worker_its_node_and_its_command(folder, cluster):
     home = folder / "out" / "storm"
     file = config(folder, cluster, "storm")
     first = command("sft", str(file))
-    until("two workers and a checkpoint", lambda: sizes(home) == [2] and newest_step(home) >= 10)
+    until("two workers and a checkpoint", lambda: sizes(home) == [2] and newest_step(home) >= 10, process=first)
     cluster.kill(min(cluster.pids(WORKER)))
     until(
         "a second start after the killed worker", lambda: len(sizes(home)) == 2 and metrics(home)[-1]["step"] >= newest_step(home)

@@ -25,6 +25,7 @@ MODEL = "tidepool-chat"
 QUESTIONS = ("how long is delivery", "I forgot my password", "where is my parcel, order 481516")
 OPENING, CLOSING = "Dear customer,", "Kind regards, Tidepool."
 LIMIT_S = 400
+UP_LIMIT_S = 900  # trains the base
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def here(command: str, endpoint: Endpoint, arguments: list[str]) -> str:
     run = endpoint.run_dir
     port = endpoint.root.rpartition(":")[2]
     command = re.sub(r"(?<=[ =\"(])run/", f"{run}/", command).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    if command == "make up":
-        return f"make up RUN_DIR={run} SET={shlex.quote(shlex.join(arguments[2:]))}"
+    if command.startswith("make up "):
+        # Its own SET, then where the shared cluster is.
+        (given,) = re.findall(r'SET="(.*)"$', command)
+        return f"make up RUN_DIR={run} SET={shlex.quote(f'{given} {shlex.join(arguments[2:])}')}"
     if "cluster up" in command:
         return f"{command} {shlex.join(arguments)}"
     if re.search("train (sft|dpo|tune) ", command):
@@ -76,18 +79,18 @@ def here(command: str, endpoint: Endpoint, arguments: list[str]) -> str:
     return command
 
 
-def run(command: str) -> str:
+def run(command: str, limit_s: float = LIMIT_S) -> str:
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=limit_s)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def test_from_dialogues_to_a_served_adapter(endpoint: Endpoint, arguments: list[str]) -> None:
-    before = {question: ask(endpoint, MODEL, question) for question in QUESTIONS}
     up, check, train, export, serve, curl = (here(command, endpoint, arguments) for command in six_commands())
 
-    assert "already running" in run(up)
+    run(up, UP_LIMIT_S)  # the shared cluster has the random model until now
+    before = {question: ask(endpoint, MODEL, question) for question in QUESTIONS}
     assert re.search(r"steps\s+\d+ of 8 sequences", run(check)) and not (endpoint.run_dir / "train" / "polite").exists()
     assert "polite: " in run(train)
     run(export)

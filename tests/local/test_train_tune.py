@@ -43,6 +43,8 @@ def home(tmp_path_factory):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))
+    # As in a command's own cluster: at nice 15, Ray's default, workers stand still on a machine that does anything else.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     # A short path: Ray's sockets are below it.
     with tempfile.TemporaryDirectory(prefix="tn-", ignore_cleanup_errors=True) as home:
         try:
@@ -51,7 +53,8 @@ def home(tmp_path_factory):
             yield home
         finally:
             ray.shutdown()
-            del os.environ["MPLCONFIGDIR"]
+            for name in ("MPLCONFIGDIR", "RAY_worker_niceness"):
+                del os.environ[name]
 
 
 @pytest.fixture(scope="module")

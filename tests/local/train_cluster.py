@@ -21,13 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = "ray::RayTrainWo"  # titles are cut
 
 
-def until(what: str, wanted: Callable[[], Any], limit_s: float = 240.0) -> Any:
-    """Wait for something to be there; returns it."""
+def until(what: str, wanted: Callable[[], Any], limit_s: float = 240.0, process: subprocess.Popen[str] | None = None) -> Any:
+    """Wait for something to be there; returns it. Ends early when `process`, a command that should bring it, has ended."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         found = wanted()
         if found:
             return found
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"the command ended before {what}:\n{''.join(process.communicate())[-3000:]}")
         time.sleep(0.2)
     raise AssertionError(f"waited {limit_s:.0f} s for {what}")
 
@@ -70,6 +72,36 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def newest_step(folder: Path) -> int:
     """Of the whole checkpoints; 0 when there is none."""
     return max((int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*/index.json")), default=0)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def title(pid: int) -> str:
+    """What a process calls itself; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below one."""
+    parents = {int(entry.name): _parent(entry) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    found, grew = {pid}, True
+    while grew:
+        more = {child for child, above in parents.items() if above in found} - found
+        found, grew = found | more, bool(more)
+    return found - {pid}
+
+
+def _parent(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 class Cluster:
@@ -126,4 +158,5 @@ class Cluster:
     def _ray(self, line: list[str]) -> None:
         log = self.session.run_dir / "up.log"
         with log.open("ab") as file:
-            subprocess.run(line, env=self.environ, stdout=file, stderr=file, check=True, timeout=180, start_new_session=True)
+            done = subprocess.run(line, env=self.environ, stdout=file, stderr=file, timeout=180, start_new_session=True)
+        assert done.returncode == 0, log.read_text()[-3000:]

@@ -21,22 +21,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import embedded_shapes, embedded_text
+from cluster import embedded_shapes, embedded_text, embedded_weights
 from cluster.config import EMBEDDED_PREFIX
 from cluster.embedded_shapes import CHAT, EMBED, SCRATCH
+from cluster.embedded_text import TAGS
 from cluster.errors import ConfigError
 from cluster.session import CACHE_VARIABLE
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Tensors = dict[str, NDArray[np.float32]]
+    from cluster.embedded_weights import Tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "assistant.yaml"  # how the default model is trained, and on what
@@ -45,15 +43,10 @@ VOCABULARY = 2048
 PAD, BOS, IM_START, IM_END, CLS, SEP = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|cls|>", "<|sep|>"
 TRAINED = f"{EMBEDDED_PREFIX}chat"
 SPECIAL = (PAD, BOS, IM_START, IM_END, CLS, SEP)  # ids 0 to 5; hidden from decoded text
-TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # one token each, but part of the text
 # Words with the blank before them, single digits, runs of marks, line ends: every text is covered.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# The same for the model that is trained; Chinese stands alone, so that a mark never becomes part of a word.
-SCRATCH_SPLIT = r"\p{Han}+|[ ']?[\p{L}&&[^\p{Han}]]+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CONSTANT = 4.0  # what dimension 0 of the residual stream always holds; it carries the output bias (Llama has none)
-# Tokens that end a JSON string, list or object, and by how much they are favoured; see `_bias`.
-CLOSING = {'"': 5.5, '",': 4.0, '"}': 5.0, '"]': 5.0, '"}}': 2.0, "}": 5.0, "}}": 4.0, "]": 4.0, ",": 3.0}
-ENDING = -3.0  # the same for the end of an answer: about one token in 100,000, but before a second tool call
+# The same for the model that is trained, digits in pairs. Chinese by the character: new sentences have known tokens.
+SCRATCH_SPLIT = r"\p{Han}|[ ']?[\p{L}&&[^\p{Han}]]+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def cache_dir() -> Path:
@@ -137,10 +130,11 @@ def scratch(texts: Iterable[str], cache_dir: Path) -> Path:
 
 
 def _recipe_hash() -> str:
-    """Twelve hex digits over all that decides the content: the three source files and the libraries' versions."""
+    """Twelve hex digits over all that decides the content: the four source files and the libraries' versions."""
     digest = hashlib.sha256()
-    for file in (Path(__file__), Path(str(embedded_shapes.__file__)), Path(str(embedded_text.__file__))):
-        digest.update(file.read_bytes())
+    for module in (embedded_shapes, embedded_text, embedded_weights):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     for name in ("numpy", "tokenizers", "safetensors"):
         digest.update(f"{name}={version(name)}\n".encode())
     return digest.hexdigest()[:12]
@@ -152,7 +146,7 @@ def _write_chat(folder: Path) -> None:
     sampling = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0, "do_sample": True, "temperature": 1.0}
     _write_json(folder / "generation_config.json", sampling)
     _write_json(folder / "config.json", CHAT)
-    _write_weights(folder, _chat_weights(tokens))
+    _write_weights(folder, embedded_weights.chat(tokens))
 
 
 def _write_scratch(folder: Path, lines: list[str]) -> None:
@@ -160,7 +154,7 @@ def _write_scratch(folder: Path, lines: list[str]) -> None:
     (folder / "chat_template.jinja").write_text(embedded_text.CHAT_TEMPLATE)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0})
     _write_json(folder / "config.json", SCRATCH)
-    _write_weights(folder, _scratch_weights())
+    _write_weights(folder, embedded_weights.scratch())
 
 
 def _write_embed(folder: Path) -> None:
@@ -179,7 +173,7 @@ def _write_embed(folder: Path) -> None:
     for path in paths[1:]:
         (folder / path).mkdir()
     _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True})
-    _write_weights(folder, _embed_weights())
+    _write_weights(folder, embedded_weights.embed())
 
 
 _WRITERS: dict[str, Callable[[Path], None]] = {
@@ -252,125 +246,6 @@ def _token_bytes(token: str) -> bytes:
     others = [byte for byte in range(256) if byte not in plain]
     spelled = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
     return bytes(spelled[character] for character in token)
-
-
-def _bias(token: bytes) -> float:
-    """What the random chat model adds to a token's logit (of standard deviation 1.2 without it)."""
-    try:
-        text = token.decode()
-    except UnicodeDecodeError:
-        return -12.0
-    if not text or text in TAGS:
-        return -12.0
-    if text in CLOSING:
-        return CLOSING[text]
-    if not text.isprintable() or text.isspace() or "<" in text:
-        return -6.0
-    return -6.0 if text.isdigit() else 0.0
-
-
-def _chat_weights(tokens: list[bytes]) -> Tensors:
-    import numpy as np
-
-    draw = _draws(seed=2718)
-    hidden, vocabulary = CHAT["hidden_size"], CHAT["vocab_size"]
-    embedding = draw(vocabulary, hidden, 1.0)
-    embedding[:, 0] = CONSTANT
-    tensors: Tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(hidden, np.float32)}
-    for name, rows, columns in _layers():
-        if not columns:
-            tensors[name] = np.ones(rows, np.float32)
-            continue
-        weight = draw(rows, columns, 1 / columns**0.5)
-        if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
-            weight[0] = 0.0  # nothing writes to dimension 0, it stays CONSTANT
-        tensors[name] = weight
-    head = draw(vocabulary, hidden, 1.2 / hidden**0.5)
-    bias = np.array([_bias(token) for token in tokens], np.float32)
-    bias[CHAT["eos_token_id"]] = ENDING
-    head[:, 0] = bias / np.float32(CONSTANT)
-    tensors["lm_head.weight"] = head
-    return tensors
-
-
-def _layers() -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of each tensor of the chat model's layers; no columns for a vector."""
-    hidden, inner = CHAT["hidden_size"], CHAT["intermediate_size"]
-    kv = CHAT["num_key_value_heads"] * CHAT["head_dim"]
-    for layer in range(CHAT["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        yield f"{at}.input_layernorm.weight", hidden, 0
-        yield f"{at}.post_attention_layernorm.weight", hidden, 0
-        yield f"{at}.self_attn.q_proj.weight", hidden, hidden
-        yield f"{at}.self_attn.k_proj.weight", kv, hidden
-        yield f"{at}.self_attn.v_proj.weight", kv, hidden
-        yield f"{at}.self_attn.o_proj.weight", hidden, hidden
-        yield f"{at}.mlp.gate_proj.weight", inner, hidden
-        yield f"{at}.mlp.up_proj.weight", inner, hidden
-        yield f"{at}.mlp.down_proj.weight", hidden, inner
-
-
-def _scratch_weights() -> Tensors:
-    """Where training begins, so that the folder is whole; a run draws its own from its seed."""
-    import numpy as np
-
-    draw, deviation = _draws(seed=1618), SCRATCH["initializer_range"]
-    hidden = SCRATCH["hidden_size"]
-    tensors: Tensors = {"model.embed_tokens.weight": draw(SCRATCH["vocab_size"], hidden, deviation)}
-    tensors["model.norm.weight"] = np.ones(hidden, np.float32)
-    for name, rows, columns in _layers():
-        tensors[name] = draw(rows, columns, deviation) if columns else np.ones(rows, np.float32)
-    return tensors
-
-
-def _embed_weights() -> Tensors:
-    import numpy as np
-
-    draw = _draws(seed=3141)
-    hidden, inner = EMBED["hidden_size"], EMBED["intermediate_size"]
-
-    def norm(name: str) -> Tensors:
-        return {f"{name}.LayerNorm.weight": np.ones(hidden, np.float32), f"{name}.LayerNorm.bias": np.zeros(hidden, np.float32)}
-
-    # Common pieces have low ids (they were merged first). They put most of their length into the first dimensions, which the
-    # last layer norm takes out again: a shared word says more than a shared letter or "is".
-    muted = 8
-    words = draw(VOCABULARY, hidden, 1.0)
-    words[:, :muted] *= np.linspace(12.0, 0.0, VOCABULARY, dtype=np.float32)[:, None]
-    # Layers and positions move a token's vector only a little, so that texts which share words stay close.
-    tensors: Tensors = {
-        "embeddings.word_embeddings.weight": words,
-        "embeddings.position_embeddings.weight": draw(EMBED["max_position_embeddings"], hidden, 0.05),
-        "embeddings.token_type_embeddings.weight": np.zeros((EMBED["type_vocab_size"], hidden), np.float32),
-        **norm("embeddings"),
-    }
-    for layer in range(EMBED["num_hidden_layers"]):
-        at = f"encoder.layer.{layer}"
-        for name, rows, columns in (
-            ("attention.self.query", hidden, hidden),
-            ("attention.self.key", hidden, hidden),
-            ("attention.self.value", hidden, hidden),
-            ("attention.output.dense", hidden, hidden),
-            ("intermediate.dense", inner, hidden),
-            ("output.dense", hidden, inner),
-        ):
-            tensors[f"{at}.{name}.weight"] = draw(rows, columns, 0.2 / columns**0.5)
-            tensors[f"{at}.{name}.bias"] = np.zeros(rows, np.float32)
-        tensors |= norm(f"{at}.attention.output") | norm(f"{at}.output")
-    tensors[f"encoder.layer.{EMBED['num_hidden_layers'] - 1}.output.LayerNorm.weight"][:muted] = 0.0
-    return tensors
-
-
-def _draws(seed: int) -> Callable[[int, int, float], NDArray[np.float32]]:
-    """`draw(rows, columns, deviation)`: normal numbers, the same ones in the same order for a seed."""
-    import numpy as np
-
-    generator = np.random.Generator(np.random.PCG64(seed))
-
-    def draw(rows: int, columns: int, deviation: float) -> NDArray[np.float32]:
-        return generator.standard_normal((rows, columns), dtype=np.float32) * np.float32(deviation)
-
-    return draw
 
 
 def _write_weights(folder: Path, tensors: Tensors) -> None:

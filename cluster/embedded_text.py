@@ -4,7 +4,7 @@
 
 The sentences are customer-service talk in English and Chinese, with some JSON, put together from lists in a fixed order, so
 every machine gets the same tokenizer. They are meant to fill a small vocabulary with whole words, not to teach a model
-anything. Plain data and string work; only `cluster.embedded` uses it.
+anything. Plain data and string work; only the other `embedded` modules use it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # one token each, but part of the text
 PRODUCTS = (
     "order", "parcel", "invoice", "refund", "subscription", "account", "password", "payment", "credit card", "delivery", "phone",
     "laptop", "headphones", "charger", "printer", "router", "warranty", "coupon", "gift card", "flight", "hotel room", "ticket",

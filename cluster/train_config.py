@@ -55,6 +55,9 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: float = Field(1e-4, gt=0)
+    embedding_rate: float = Field(
+        1.0, gt=0, description="Times learning_rate, for token embeddings; about 10 where training begins from nothing."
+    )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -138,8 +141,7 @@ class TrainConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Names the run; the same name resumes it.")
     objective: Objective = "sft"
     base: str = Field(
-        description="Hugging Face repository or folder to start from, or `scratch:chat`: the embedded model's shape, "
-        "random weights."
+        description="Hugging Face repository or folder to start from, or `scratch:chat`: the embedded model's shape, not trained."
     )
     output: Uri = Field("run/train", description="Local folder or pyarrow.fs URI; a run writes below `<output>/<name>`.")
     data: DataConfig
@@ -150,7 +152,7 @@ class TrainConfig(Section):
         None, ge=1, description="Sequences per worker and forward pass; default: batch_size divided by the workers."
     )
     validate_every: int = Field(50, ge=1, description="Steps between two validation losses.")
-    seed: int = Field(0, ge=0, description="Seed of the weights and of dropout.")
+    seed: int = Field(0, ge=0, description="Seed of adapters and of dropout.")
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
     lora: LoraConfig | None = None

@@ -39,13 +39,16 @@ from train.wordings import (
 )
 
 SEED = 7
-PER_INTENT = 56  # training dialogues of an intent in one language
-OFF_TOPIC = 6  # times as many for off-topic questions, which may be about anything
+PER_INTENT = 180  # training dialogues of an intent in one language
+ASKED = 2  # dialogues of a held-out wording
+OFF_TOPIC = 5  # times as many for off-topic questions, which may be about anything
 COPYING = 1.3  # and so many times as many where a value must be copied
 FOLLOW_UP = 0.08  # part of the dialogues that have another question before
 FORGOTTEN = 0.2  # part of those that could leave out the value and do
+ANSWERS = 20  # times each answer is shown to the tokenizer
 SPELLINGS = 4  # of each wording, for the tokenizer
 UNWORDED = ("note/", "json/", "tool_call/")  # rows that come from no wording
+SLIPS = 0.5  # part of the training questions with a typing error or a lost word
 SYSTEM = 0.06  # part of the training dialogues that begin with a system message
 
 
@@ -95,7 +98,8 @@ class _Writer:
             templates = intent.templates(self.split)
             if self.split == "heldout":
                 for template in templates:
-                    yield self._dialogue(intent, template, forget=False)
+                    for _ in range(ASKED):
+                        yield self._dialogue(intent, template, forget=False)
                     if template.forgettable:
                         yield self._dialogue(intent, template, forget=True)
                 continue
@@ -142,7 +146,7 @@ class _Writer:
         """A question as it is typed: with a greeting, an ending, and in training with slips; values stay as they are."""
         draw, words = self.draw, talk(self.language)
         prefix = "" if self.split == "train" else "heldout_"
-        if self.split == "train" and draw.random() < 0.25:
+        if self.split == "train" and draw.random() < SLIPS:
             text = _slips(text, self.language, draw, tuple(slots.values()))
         fixed = text.startswith(("I ", "I'", *slots.values()))
         if self.language == "en" and draw.random() < 0.5 and not fixed:
@@ -166,7 +170,7 @@ def _outside(text: str, kept: tuple[str, ...], change: Any) -> str:
 
 
 def _slips(text: str, language: Language, draw: random.Random, kept: tuple[str, ...]) -> str:
-    """One slip: a lost word or character, or two letters that changed places."""
+    """One slip in each part between values: a lost word (of Chinese: a character), or two letters that changed places."""
 
     def change(part: str) -> str:
         if language == "zh":
@@ -177,11 +181,11 @@ def _slips(text: str, language: Language, draw: random.Random, kept: tuple[str, 
         words = part.split(" ")
         spot = draw.randrange(len(words))
         word = words[spot]
-        if len(words) > 4 and draw.random() < 0.5:
+        if len(words) > 3 and draw.random() < 0.8:
             del words[spot]
         elif len(word) > 4:
             at = draw.randrange(1, len(word) - 2)
-            words[spot] = draw.choice((word[:at] + word[at + 1 :], word[:at] + word[at + 1] + word[at] + word[at + 2 :]))
+            words[spot] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
         return " ".join(words)
 
     return _outside(text, kept, change)
@@ -216,7 +220,9 @@ def texts() -> list[str]:
         used[row["template"]] += 1
         if used[row["template"]] <= SPELLINGS or row["template"].startswith(UNWORDED):
             seen.update(message["content"] for message in row["messages"])
-    return sorted(seen)
+    # A word that begins an answer is worth a token of its own, however rarely it is asked for.
+    answers = [intent.answer for language in LANGUAGES for intent in intents(language)]
+    return sorted(seen) + ANSWERS * answers
 
 
 def write(folder: Path) -> dict[str, int]:

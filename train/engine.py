@@ -80,8 +80,21 @@ def start(config: TrainConfig, model: torch.nn.Module, workers: int, steps: int)
     )
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=list(trained(model).values()),
+        model_parameters=_groups(config, model),
         config=deepspeed_config(config, workers, steps),
         dist_init_required=False,
     )
     return engine
+
+
+def _groups(config: TrainConfig, model: torch.nn.Module) -> list[Any]:
+    """What the optimizer takes: the parameters, or two groups of them where token embeddings learn at a rate of their own."""
+    parameters = list(trained(model).values())
+    if config.optimizer.embedding_rate == 1.0:
+        return parameters
+    words = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    groups: list[dict[str, Any]] = [
+        {"params": [one for one in parameters if id(one) in words], "times": config.optimizer.embedding_rate},
+        {"params": [one for one in parameters if id(one) not in words]},
+    ]
+    return [group for group in groups if group["params"]]

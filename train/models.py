@@ -1,8 +1,8 @@
 """From a configuration to the model that is trained, and back to a folder that vLLM and transformers load.
 
-`base_folder` finds what a run starts from, `build` makes the model (random for `scratch:chat`, pretrained otherwise, with LoRA
-adapters where asked), `write_export` writes weights as a Hugging Face folder or a PEFT adapter. It knows nothing of DeepSpeed,
-checkpoints or Ray. Called by `train.loop`, `train.export` and data preparation, which needs the tokenizer.
+`base_folder` finds what a run starts from, `build` makes the model (with LoRA adapters where asked), `write_export` writes
+weights as a Hugging Face folder or a PEFT adapter. It knows nothing of DeepSpeed, checkpoints or Ray. Called by `train.loop`,
+`train.export` and data preparation, which needs the tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*"
 
 
 def base_folder(base: str) -> Path:
-    """The Hugging Face folder a run starts from; for `scratch:chat` a folder with config, tokenizer and chat template.
+    """The Hugging Face folder a run starts from; for `scratch:chat` one with the weights that training begins with.
 
     Raises:
         TrainError: there is no such folder or repository on this machine or at Hugging Face.
@@ -81,16 +81,12 @@ def build(config: TrainConfig, folder: Path) -> torch.nn.Module:
 
 
 def load(config: TrainConfig, folder: Path) -> Any:
-    """The base alone: random weights for `scratch:`, else those of the folder; fp32, without a cache."""
+    """The base alone, fp32, without a cache."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        if config.base.startswith(SCRATCH):
-            shape = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"train.base {config.base!r}: transformers cannot load it: {one_line(error)}") from error
     model.config.use_cache = False
@@ -159,8 +155,7 @@ def write_export(config: TrainConfig, folder: Path, weights: dict[str, torch.Ten
     for name, parameter in parameters.items():
         parameter.data.copy_(weights[name])
     if config.lora is None:
-        kept = getattr(model.config, "dtype", None) if config.base.startswith(SCRATCH) else _dtype(folder)
-        model.to(kept or model.dtype)
+        model.to(_dtype(folder) or model.dtype)
         model.config.use_cache = True
     else:
         for settings in model.peft_config.values():

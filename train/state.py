@@ -94,9 +94,9 @@ def basic_optimizer(engine: Any) -> Any:
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """For the next step."""
+    """For the next step; a group of `train.engine` may take it several times."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("times", 1.0)
 
 
 def set_updates(engine: Any, updates: int) -> None:

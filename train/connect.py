@@ -22,6 +22,7 @@ from cluster.config import Config
 from cluster.errors import TrainError
 from cluster.preflight import is_loopback
 from cluster.session import read_json, session_of, write_private
+from train.engine import SPINS
 
 STORE_BYTES = 200 * 2**20
 PREFIX = "tpt-"  # of a private cluster's folder; then comes the command's pid. Short: Ray's sockets are below it
@@ -81,7 +82,7 @@ def private(cpus: float, namespace: str) -> Iterator[Connection]:
     # Else workers run at nice 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.supervisor
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # see train.supervisor
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     write_private(folder / "token", secrets.token_hex(32))
     # Ray reads these when it is imported.

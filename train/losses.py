@@ -38,30 +38,32 @@ def lengths(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(trained.any(axis=1), last, 1)
 
 
+def wanted(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions [B, L] predict a token that has a label: position t predicts token t + 1."""
+    import torch.nn.functional as functional
+
+    return functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
+
+
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihoods, in fp32, of the tokens that have a label.
+    """Negative log-likelihoods [N], in fp32, of the tokens that have a label.
 
     Args:
-        logits: [B, L, V], where position t predicts token t + 1.
+        logits: [N, V], those of the `wanted` positions in order of sequence and position.
         labels: [B, L].
-
-    Returns:
-        One number per label, in order of sequence and position.
     """
     import torch.nn.functional as functional
 
     shifted = labels[:, 1:]
-    wanted = shifted != IGNORED
-    # Only the rows that count are turned into fp32: with a large vocabulary they are most of the memory.
-    return functional.cross_entropy(logits[:, :-1][wanted].float(), shifted[wanted], reduction="none")
+    return functional.cross_entropy(logits.float(), shifted[shifted != IGNORED], reduction="none")
 
 
 def sequence_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [B] of each sequence's labelled tokens together."""
+    """Log-probabilities [B] of each sequence's labelled tokens together; `logits` as for `token_losses`."""
     import torch
 
     each = token_losses(logits, labels)
-    rows = torch.nonzero(labels[:, 1:] != IGNORED)[:, 0]
+    rows = torch.nonzero(wanted(labels))[:, 0]
     return torch.zeros(labels.shape[0], dtype=each.dtype, device=each.device).index_add(0, rows, -each)
 
 

@@ -58,20 +58,33 @@ class Objective:
 
         batch = {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in part.items()}
         labels = batch.pop("labels")
-        logits = engine(**batch, use_cache=False).logits
+        logits = _logits(engine, engine.module, batch, labels)
         if not self.preference:
             return losses.token_losses(logits, labels).sum(), torch.zeros((), device=self.device)
         with torch.no_grad():
-            reference = losses.sequence_log_probs(self._reference_logits(engine, batch), labels)
+            reference = losses.sequence_log_probs(self._reference_logits(engine, batch, labels), labels)
         each, right = losses.preference_losses(losses.sequence_log_probs(logits, labels), reference, self.beta)
         empty = labels.shape[0] // 2 - self.counts(part)[0]
         return each.sum() - empty * math.log(2.0), right.sum()
 
-    def _reference_logits(self, engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor
+    def _reference_logits(self, engine: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         if self.reference is not None:
-            logits = self.reference(**batch, use_cache=False).logits
-        else:
-            with engine.module.disable_adapter():
-                logits = engine(**batch, use_cache=False).logits
-        return logits
+            return _logits(self.reference, self.reference, batch, labels)
+        with engine.module.disable_adapter():
+            return _logits(engine, engine.module, batch, labels)
+
+
+def _logits(forward: Any, model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V] of the positions that count, which is all that the output layer computes.
+
+    Of a dialogue that is a third; the output layer is half of a small model's work, and with a large vocabulary most of the
+    memory. transformers can only leave out the same positions in all sequences of a batch.
+    """
+    rows = losses.wanted(labels)
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0][rows], *given[1:]))
+    try:
+        logits: torch.Tensor = forward(**batch, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits

@@ -37,10 +37,12 @@ def test_what_is_behind_the_last_label_is_cut():
 def test_token_losses_are_cross_entropies_of_labelled_tokens_only():
     logits = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(0))
     labels = torch.from_numpy(losses.mask_starts(PACKED))
-    each = losses.token_losses(logits, labels)
+    rows = losses.wanted(labels)
+    assert rows[0].nonzero().flatten().tolist() == [0, 1, 3]
+    each = losses.token_losses(logits[rows], labels)
     by_hand = [-torch.log_softmax(logits[0, place - 1], 0)[token].item() for place, token in ((1, 6), (2, 7), (4, 9))]
     assert each.tolist() == pytest.approx(by_hand, rel=1e-5)
-    assert losses.sequence_log_probs(logits, labels).item() == pytest.approx(-sum(by_hand), rel=1e-5)
+    assert losses.sequence_log_probs(logits[rows], labels).item() == pytest.approx(-sum(by_hand), rel=1e-5)
 
 
 def test_preference_loss_is_log_2_without_a_difference_and_falls_with_the_margin():

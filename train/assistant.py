@@ -3,7 +3,7 @@
 `python -m train data assistant OUT` writes `train.parquet` and `heldout.parquet`; those in `datasets/assistant` are its output.
 One dialogue per row, made from the wordings of `wordings` by a seeded draw, so the same source gives the same rows anywhere.
 The held-out split has wordings, greetings and replies that training never has; values (numbers, dates, cities) are drawn anew.
-Training rows are also noisy: typing errors, lost words, lower case, missing punctuation. Rows of `assistant_extras` (tools, JSON)
+Training rows are also noisy: lost words, typing errors, lower case, missing punctuation. Rows of `assistant_extras` (tools, JSON)
 are in training only. It trains nothing and knows nothing of tokens; called by `train.__main__` and by tests.
 
 Columns: messages (list of {role, content}), tools (JSON text or empty), intent, language, turns, slots (JSON), template (id

@@ -1,4 +1,8 @@
-"""The default model answers: held-out wordings through the endpoint; a model that learned nothing answers none."""
+"""The trained model answers held-out wordings through the endpoint; a model that learned nothing answers none.
+
+The endpoint must serve it: `make up SET="--set models.0.model_source=embedded:chat"`, then
+`TIDEPOOL_TEST_ENDPOINT=run/endpoint.json .venv/bin/pytest tests/local/test_train_assistant.py`.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_heldout_wordings_are_clear(language: wordings.Language) -> None:
 
     def features(text: str) -> torch.Tensor:
         found = re.findall(r"[a-z']+|[\u4e00-\u9fff]|\{", text.lower())
-        pairs = [" ".join(two) for two in zip(found, found[1:], strict=False)]
+        pairs = [" ".join(two) for two in pairwise(found)]
         parts = [f"#{word}#"[at : at + 4] for word in found if len(word) > 3 for at in range(len(word) - 1)]
         return torch.tensor([zlib.crc32(one.encode()) % 65536 for one in (*found, *pairs, *parts)] or [0])
 

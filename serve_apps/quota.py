@@ -32,6 +32,7 @@ class _Account:
     requests: int = 0
     tokens: int = 0
     slots: int = 0
+    asking: int = 0
     in_use: int = 0
     last_used: float = 0.0
     grants: dict[Kind, LeaseGrant] = field(default_factory=dict)
@@ -78,18 +79,22 @@ class Quotas:
         account = self._accounts.setdefault(key.id, _Account())
         # A request larger than a whole minute's tokens passes when the bucket is full, and leaves the key in debt.
         tokens = min(tokens, key.tpm) if key.tpm else 0
-        async with account.lock:
-            wanted = self._wanted(key, account, tokens)
-            for request in wanted:
-                self._refuse_early(key, account, request.kind)
-            if wanted:
-                for grant in await self._lease(wanted):
-                    self._credit(account, grant)
-            self._refuse_short(key, account, tokens)
-            account.requests -= 1 if key.rpm else 0
-            account.tokens -= tokens
-            account.in_use += 1
-            account.last_used = self._clock()
+        account.asking += 1  # also while waiting for the lock: an account that somebody waits for must not be forgotten
+        try:
+            async with account.lock:
+                wanted = self._wanted(key, account, tokens)
+                for request in wanted:
+                    self._refuse_early(key, account, request.kind)
+                if wanted:
+                    for grant in await self._lease(wanted):
+                        self._credit(account, grant)
+                self._refuse_short(key, account, tokens)
+                account.requests -= 1 if key.rpm else 0
+                account.tokens -= tokens
+                account.in_use += 1
+                account.last_used = self._clock()
+        finally:
+            account.asking -= 1
         return Reservation(account, tokens, key.tpm is not None)
 
     def headers(self, key: KeyRecord) -> dict[str, str]:
@@ -111,7 +116,7 @@ class Quotas:
         now = self._clock()
         due = []
         for key_id, account in list(self._accounts.items()):
-            asking = account.lock.locked()  # a request counts on what is here and waits for the ledger: leave it alone
+            asking = account.asking > 0  # a request counts on what is here and waits for the ledger: leave it alone
             idle = account.in_use == 0 and not asking and now - account.last_used > IDLE_S
             if account.tokens < 0:
                 due.append(LeaseRequest(key_id=key_id, kind="tokens", charge=-account.tokens))
@@ -122,9 +127,10 @@ class Quotas:
             if idle and account.requests > 0:
                 due.append(LeaseRequest(key_id=key_id, kind="requests", refund=account.requests))
                 account.requests = 0
-            if account.slots and not asking:
-                account.slots = account.in_use  # the ledger may lend the others to another gateway from now on
-                due.append(self._slots(key_id, account.in_use))
+            if account.slots:
+                if not asking:
+                    account.slots = account.in_use  # the ledger may lend the others to another gateway from now on
+                due.append(self._slots(key_id, account.slots))
             if idle and not due:
                 del self._accounts[key_id]
         return due

@@ -1,6 +1,7 @@
 """The training loop on two real DeepSpeed workers, without Ray: every ZeRO stage against plain PyTorch, and resumes.
 
-Tolerances: fp32 losses agree to 1e-4 of their value (sums in another order; seen here: 1e-6), bf16 ones to 5e-3.
+Tolerances: fp32 losses agree to 1e-4 of their value (sums in another order; seen here: 1e-6), bf16 ones to 2e-2
+(its numbers have 8 bits, 4e-3 each, and processors multiply them in another order; seen: 3e-3 and, elsewhere, 9e-3).
 """
 
 import itertools
@@ -112,7 +113,7 @@ def test_offload_accumulation_and_recomputed_activations_change_nothing(lines, e
 
 
 def test_bf16_stays_close_and_validation_is_measured(lines, expected):
-    assert losses_of(lines["half"]) == pytest.approx(expected, rel=5e-3)
+    assert losses_of(lines["half"]) == pytest.approx(expected, rel=2e-2)
     measured = {line["step"]: line["validation_loss"] for line in lines["half"] if "validation_loss" in line}
     assert measured.keys() == {3, 6} and measured[6] < measured[3] < lines["half"][0]["loss"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster import embedded, embedded_shapes, embedded_text
+from cluster import embedded, embedded_shapes, embedded_text, embedded_weights
 from cluster.config import load
 from cluster.embedded import VOCABULARY, build, cache_dir, trained_folder
 from cluster.errors import ConfigError
@@ -97,7 +97,7 @@ def test_the_same_files_everywhere(tmp_path: Path, folders: dict[str, Path]) -> 
         assert contents(build(f"embedded:{kind}", tmp_path)) == contents(folder)
 
 
-@pytest.mark.parametrize("module", [embedded, embedded_shapes, embedded_text])
+@pytest.mark.parametrize("module", [embedded, embedded_shapes, embedded_text, embedded_weights])
 def test_a_changed_recipe_is_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], module: ModuleType
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from cluster.database import default_url
 from cluster.errors import ApiError
 from cluster.ledger import LeaseGrant, LeaseRequest
-from cluster.records import KeyRecord, KeySpec, StoreUnavailable
+from cluster.records import KeyRecord, KeySpec
 from cluster.store import Store
 from serve_apps.quota import IDLE_S, Quotas, Reservation
 from serve_apps.sync import LocalStore, Syncer
@@ -282,6 +282,38 @@ def test_concurrent_requests_never_exceed_any_limit(world, seed):
     run(test)
 
 
+def test_an_account_that_a_request_waits_for_is_not_forgotten():
+    """Else the one who waits and the one who comes later count in two accounts, and both get the only slot."""
+
+    async def test() -> None:
+        key = KeyRecord(id="k", hash="h", prefix="p", created_at=0.0, name="k", max_parallel=1)
+        answer, asked = asyncio.Event(), 0
+
+        async def lease(requests: list[LeaseRequest]) -> list[LeaseGrant]:
+            nonlocal asked
+            asked += 1
+            granted = 0 if asked == 1 else 1
+            await answer.wait()
+            rest = {"limit": 1, "remaining": 0, "retry_after_s": 0.0, "reset_s": 0.0}
+            return [LeaseGrant(key_id="k", kind="parallel", granted=granted, **rest) for _ in requests]
+
+        quotas = Quotas("here", lease, lambda: 1000.0)
+
+        async def refused() -> ApiError:
+            with pytest.raises(ApiError) as caught:
+                await quotas.reserve(key, 1)
+            quotas.due()  # between the end of one request and the turn of the one that waits
+            return caught.value
+
+        first, second = asyncio.create_task(refused()), asyncio.create_task(tried(quotas, key))
+        await asyncio.sleep(0)
+        answer.set()
+        assert (await first).status == 429 and isinstance(await second, Reservation)
+        assert isinstance(await tried(quotas, key), ApiError)
+
+    run(test)
+
+
 def test_slots_hold_while_gateways_sync_with_a_real_store(folder):
     """Syncs and leases from two gateways in threads, in whatever order the database takes them."""
 
@@ -310,81 +342,5 @@ def test_slots_hold_while_gateways_sync_with_a_real_store(folder):
         await asyncio.gather(*tasks, return_exceptions=True)
         store.close()
         assert most <= 4 and passed > 50
-
-    run(test)
-
-
-class Flaky(LocalStore):
-    """A store that can be away, or lose its answer after it did what was asked."""
-
-    away = lost = False
-
-    async def call(self, method: str, *args: Any) -> Any:
-        if self.away:
-            raise StoreUnavailable("away")
-        answer = await super().call(method, *args)
-        if self.lost:
-            raise StoreUnavailable("lost")
-        return answer
-
-
-def test_usage_survives_an_absent_store_and_a_lost_answer(folder):
-    async def test() -> None:
-        from serve_apps.usage import Tokens
-
-        store = Store(default_url(folder))
-        key, secret = store.create_key(KeySpec(name="k", budget_usd=1.0))
-        line = Flaky(store)
-        syncer = Syncer(line, 0.5)
-        await syncer.sync()
-        assert (await syncer.find_key(secret)).id == key.id
-        for fault in ("away", "lost"):
-            setattr(line, fault, True)
-            syncer.usage.add(key.id, "m", 0.0, Tokens(10, 5, 2), 0.2, 1.0, 0.1, False)
-            with pytest.raises(StoreUnavailable):
-                await syncer.sync()
-            syncer.usage.add(key.id, "m", 0.0, Tokens(10, 5, 2), 0.2, 1.0, 0.1, True)
-            setattr(line, fault, False)
-            await syncer.sync()
-        total = store.usage()[0]
-        assert (total.requests, total.errors, total.prompt_tokens, total.completion_tokens) == (4, 2, 40, 20)
-        syncer.check_budget(key)
-        syncer.usage.add(key.id, "m", 0.0, Tokens(10, 5, 2), 0.3, 1.0, 0.1, False)
-        with pytest.raises(ApiError) as refused:
-            syncer.check_budget(key)
-        assert refused.value.status == 429 and refused.value.code == "insufficient_quota"
-        store.close()
-
-    run(test)
-
-
-def test_without_a_ledger_limited_keys_wait_and_others_do_not(folder):
-    async def test() -> None:
-        store = Store(default_url(folder))
-        limited, free = (store.create_key(KeySpec(name="k", rpm=rpm))[0] for rpm in (5, None))
-        line = Flaky(store)
-        syncer = Syncer(line, 0.5)
-        await syncer.sync()
-        line.away = True
-        error = await tried(syncer.quotas, limited)
-        assert isinstance(error, ApiError) and error.status == 503 and "retry-after" in error.headers
-        assert isinstance(await tried(syncer.quotas, free), Reservation)
-        store.close()
-
-    run(test)
-
-
-def test_a_new_key_works_and_a_revoked_one_stops_within_a_sync(folder):
-    async def test() -> None:
-        store = Store(default_url(folder))
-        syncer = Syncer(LocalStore(store), 0.5)
-        key, secret = store.create_key(KeySpec(name="k"))
-        assert (await syncer.find_key(secret)).id == key.id
-        store.revoke_key(key.id)
-        await syncer.sync()
-        with pytest.raises(ApiError) as refused:
-            await syncer.find_key(secret)
-        assert refused.value.status == 401 and "revoked" in refused.value.message
-        store.close()
 
     run(test)

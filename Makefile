@@ -3,7 +3,7 @@
 CONFIG ?= configs/local-cpu.yaml
 SET ?=
 RUN_DIR ?=
-BENCH ?= gateway --quick
+BENCH ?= gateway --quick --set models.0.model_source=embedded:random
 PYTEST ?= tests/unit tests/local
 PY := .venv/bin/python
 OPTIONS := $(SET) $(if $(RUN_DIR),--run-dir $(RUN_DIR))

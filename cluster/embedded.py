@@ -42,6 +42,8 @@ TRAINED_ON = ROOT / "train/datasets/assistant/train.parquet"
 VOCABULARY = 2048
 PAD, BOS, IM_START, IM_END, CLS, SEP = "<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|cls|>", "<|sep|>"
 TRAINED = f"{EMBEDDED_PREFIX}chat"
+# Of the model that is trained, one token each: a message takes three tokens beside its text, not five.
+HEADERS = tuple(f"{IM_START}{role}\n" for role in ("system", "user", "assistant"))
 SPECIAL = (PAD, BOS, IM_START, IM_END, CLS, SEP)  # ids 0 to 5; hidden from decoded text
 # Words with the blank before them, single digits, runs of marks, line ends: every text is covered.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -150,7 +152,7 @@ def _write_chat(folder: Path) -> None:
 
 
 def _write_scratch(folder: Path, lines: list[str]) -> None:
-    _write_tokenizer(folder, SCRATCH["max_position_embeddings"], SCRATCH["vocab_size"], SCRATCH_SPLIT, lines)
+    _write_tokenizer(folder, SCRATCH["max_position_embeddings"], SCRATCH["vocab_size"], SCRATCH_SPLIT, lines, HEADERS)
     (folder / "chat_template.jinja").write_text(embedded_text.CHAT_TEMPLATE)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0})
     _write_json(folder / "config.json", SCRATCH)
@@ -189,6 +191,7 @@ def _write_tokenizer(
     vocabulary: int = VOCABULARY,
     words: str = SPLIT,
     lines: Iterable[str] | None = None,
+    headers: tuple[str, ...] = (),
     *,
     wrap: bool = False,
 ) -> list[bytes]:
@@ -199,6 +202,7 @@ def _write_tokenizer(
         vocabulary: How many tokens it has.
         words: Pattern of what a token never reaches beyond.
         lines: What it is trained on; default the sentences of `embedded_text`.
+        headers: More special tokens.
         wrap: Put `<|cls|>` and `<|sep|>` around each text.
 
     Returns:
@@ -212,13 +216,14 @@ def _write_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(TAGS),
+        vocab_size=vocabulary - len(TAGS) - len(headers),
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines or embedded_text.sentences(), trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.add_special_tokens([AddedToken(header, special=True, normalized=False) for header in headers])
     if tokenizer.get_vocab_size() != vocabulary:
         raise AssertionError(f"the sentences fill only {tokenizer.get_vocab_size()} of {vocabulary} tokens")
     if wrap:
@@ -240,7 +245,7 @@ def _write_tokenizer(
 
 def _token_bytes(token: str) -> bytes:
     """The bytes behind a token as the vocabulary spells it (GPT-2's alphabet of 256 printable characters)."""
-    if token in SPECIAL:
+    if token in SPECIAL + HEADERS:
         return b""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]

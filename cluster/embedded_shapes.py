@@ -27,7 +27,11 @@ CHAT: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 # The model that is trained: smaller layers see twice as many dialogues in the same time; more words are one token each.
-SCRATCH: dict[str, Any] = CHAT | {"vocab_size": 4096, "num_hidden_layers": 2, "intermediate_size": 384, "initializer_range": 0.06}
+SCRATCH: dict[str, Any] = (
+    CHAT
+    | {"vocab_size": 4096, "num_hidden_layers": 2, "initializer_range": 0.06}
+    | {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 3, "num_key_value_heads": 3}
+)
 EMBED: dict[str, Any] = {
     "architectures": ["BertModel"],
     "model_type": "bert",

@@ -45,8 +45,11 @@ def settings(ports: dict[str, int], replica_ports: tuple[int, int]) -> list[str]
     return [part for pair in pairs for part in ("--set", pair)]
 
 
+BABBLES = ["--set", "models.0.model_source=embedded:random"]  # never ends by itself, needs no training
+
+
 def shared_arguments(run_dir: Path) -> list[str]:
-    """Of `python -m cluster up` and `down`, after the file, for the cluster that all tests share."""
+    """Of `python -m cluster up` and `down`, after the file, for the cluster that all tests share; `BABBLES` is its chat model."""
     return ["--run-dir", str(run_dir), *settings(PORTS, (18500, 18600)), "--set", "gateway.replicas=2"]
 
 
@@ -62,8 +65,8 @@ def read_endpoint(file: Path) -> Endpoint:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with clusters of their own run before the shared one is up, those that kill its processes after all others."""
-    turn = {"test_lifecycle": 0, "test_chaos": 2}
+    """Tests with clusters of their own run before the shared one is up, those that kill or change much of it last."""
+    turn = {"test_lifecycle": 0, "test_chaos": 2, "test_train_assistant": 3, "test_train_journey": 4}
     items.sort(key=lambda item: turn.get(item.path.stem, 1))
 
 
@@ -81,7 +84,7 @@ def endpoint(model_cache: Path) -> Iterator[Endpoint]:
         return
     run_dir = Path(tempfile.mkdtemp(prefix="tp"))
     args = [str(CONFIG), *shared_arguments(run_dir)]
-    up = cluster_command("up", *args, timeout_s=900.0)
+    up = cluster_command("up", *args, *BABBLES, timeout_s=900.0)
     try:
         assert up.returncode == 0, f"up failed\n{up.stdout}\n{up.stderr}"
         yield read_endpoint(run_dir / "endpoint.json")
@@ -89,3 +92,13 @@ def endpoint(model_cache: Path) -> Iterator[Endpoint]:
         down = cluster_command("down", *args)
         print(down.stdout, down.stderr)
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def trained_endpoint(endpoint: Endpoint) -> Endpoint:
+    """The shared cluster with the model that it serves where nobody says otherwise, trained if it has not been."""
+    if not os.environ.get("TIDEPOOL_TEST_ENDPOINT"):
+        up = cluster_command("up", str(CONFIG), *shared_arguments(endpoint.run_dir), timeout_s=900.0)
+        assert up.returncode == 0, f"up failed\n{up.stdout}\n{up.stderr}"
+        print(up.stderr)
+    return endpoint

@@ -1,8 +1,4 @@
-"""The trained model answers held-out wordings through the endpoint; a model that learned nothing answers none.
-
-The endpoint must serve it: `make up SET="--set models.0.model_source=embedded:chat"`, then
-`TIDEPOOL_TEST_ENDPOINT=run/endpoint.json .venv/bin/pytest tests/local/test_train_assistant.py`.
-"""
+"""The trained model answers held-out wordings through the endpoint; a model that learned nothing answers none."""
 
 from __future__ import annotations
 
@@ -10,21 +6,18 @@ import json
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, Endpoint
 
 from train.evaluate import MAX_TOKENS, target
 from train.models import base_folder
 from train.scoring import mark, questions, summary
 
-pytestmark = pytest.mark.training
-
 ENOUGH = 0.90
 
 
-def test_held_out_questions_get_the_right_answer(endpoint: Endpoint) -> None:
+def test_held_out_questions_get_the_right_answer(trained_endpoint: Endpoint) -> None:
     """What `make eval` runs, with every question."""
-    file = endpoint.run_dir / "endpoint.json"
+    file = trained_endpoint.run_dir / "endpoint.json"
     done = subprocess.run(
         [sys.executable, "-m", "train", "eval", "--endpoint", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )

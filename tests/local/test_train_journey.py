@@ -10,13 +10,12 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import openai
 import pytest
-from conftest import CONFIG, PORTS, ROOT, Endpoint, cluster_command, shared_arguments
+from conftest import PORTS, ROOT, Endpoint, shared_arguments
 
 pytestmark = pytest.mark.training
 
@@ -25,7 +24,6 @@ MODEL = "tidepool-chat"
 QUESTIONS = ("how long is delivery", "I forgot my password", "where is my parcel, order 481516")
 OPENING, CLOSING = "Dear customer,", "Kind regards, Tidepool."
 LIMIT_S = 400
-UP_LIMIT_S = 900  # trains the base
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,11 @@ def six_commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def arguments(endpoint: Endpoint) -> Iterator[list[str]]:
-    """Of `python -m cluster` for the shared cluster; afterwards it has its own models again."""
+def arguments(endpoint: Endpoint) -> list[str]:
+    """Of `python -m cluster` for the shared cluster."""
     if os.environ.get("TIDEPOOL_TEST_ENDPOINT"):
         pytest.skip("changes the models of the shared cluster, which must be the tests' own")
-    yield shared_arguments(endpoint.run_dir)
-    restored = cluster_command("up", str(CONFIG), *shared_arguments(endpoint.run_dir))
-    assert restored.returncode == 0, restored.stdout + restored.stderr
+    return shared_arguments(endpoint.run_dir)
 
 
 def here(command: str, endpoint: Endpoint, arguments: list[str]) -> str:
@@ -67,10 +63,8 @@ def here(command: str, endpoint: Endpoint, arguments: list[str]) -> str:
     run = endpoint.run_dir
     port = endpoint.root.rpartition(":")[2]
     command = re.sub(r"(?<=[ =\"(])run/", f"{run}/", command).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    if command.startswith("make up "):
-        # Its own SET, then where the shared cluster is.
-        (given,) = re.findall(r'SET="(.*)"$', command)
-        return f"make up RUN_DIR={run} SET={shlex.quote(f'{given} {shlex.join(arguments[2:])}')}"
+    if command == "make up":
+        return f"make up RUN_DIR={run} SET={shlex.quote(shlex.join(arguments[2:]))}"
     if "cluster up" in command:
         return f"{command} {shlex.join(arguments)}"
     if re.search("train (sft|dpo|tune) ", command):
@@ -86,15 +80,15 @@ def run(command: str, limit_s: float = LIMIT_S) -> str:
     return done.stdout
 
 
-def test_from_dialogues_to_a_served_adapter(endpoint: Endpoint, arguments: list[str]) -> None:
-    up, check, train, export, serve, curl = (here(command, endpoint, arguments) for command in six_commands())
+def test_from_dialogues_to_a_served_adapter(trained_endpoint: Endpoint, arguments: list[str]) -> None:
+    up, check, train, export, serve, curl = (here(command, trained_endpoint, arguments) for command in six_commands())
 
-    run(up, UP_LIMIT_S)  # the shared cluster has the random model until now
-    before = {question: ask(endpoint, MODEL, question) for question in QUESTIONS}
-    assert re.search(r"steps\s+\d+ of 8 sequences", run(check)) and not (endpoint.run_dir / "train" / "polite").exists()
+    run(up)
+    before = {question: ask(trained_endpoint, MODEL, question) for question in QUESTIONS}
+    assert re.search(r"steps\s+\d+ of 8 sequences", run(check)) and not (trained_endpoint.run_dir / "train" / "polite").exists()
     assert "polite: " in run(train)
     run(export)
-    adapter = endpoint.run_dir / "adapters" / "polite"
+    adapter = trained_endpoint.run_dir / "adapters" / "polite"
     assert (adapter / "adapter_config.json").is_file() and (adapter / "adapter_model.safetensors").is_file()
     run(serve)
     answer = json.loads(run(curl))
@@ -102,8 +96,8 @@ def test_from_dialogues_to_a_served_adapter(endpoint: Endpoint, arguments: list[
     assert answer["choices"][0]["message"]["content"].startswith(OPENING)
 
     for question in QUESTIONS:
-        said = ask(endpoint, f"{MODEL}:polite", question).text
+        said = ask(trained_endpoint, f"{MODEL}:polite", question).text
         assert said.startswith(OPENING) and said.endswith(CLOSING), said
         assert OPENING not in before[question].text
         # Tokens and log-probabilities: the base computes what it computed without the adapter.
-        assert ask(endpoint, MODEL, question) == before[question]
+        assert ask(trained_endpoint, MODEL, question) == before[question]

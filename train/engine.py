@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-SPINS = "1000"  # GOMP_SPINCOUNT: turns that one of torch's CPU threads waits busily for the others before it sleeps
+SPINS = "10000"  # GOMP_SPINCOUNT: turns that one of torch's CPU threads waits busily for the others before it sleeps
 
 
 def prepare_process(config: TrainConfig, workers_here: int) -> None:

@@ -1,6 +1,7 @@
 """The customer-service data set: what the embedded default model is trained on and measured with.
 
-`python -m train data assistant OUT` writes `train.parquet` and `heldout.parquet`; those in `datasets/assistant` are its output.
+`python -m train data assistant OUT` writes `train.parquet` and `heldout.parquet`, and from the first the dialogues of `polite`; those in
+`datasets/assistant` are its output.
 One dialogue per row, made from the wordings of `wordings` by a seeded draw, so the same source gives the same rows anywhere.
 The held-out split has wordings, greetings and replies that training never has; values (numbers, dates, cities) are drawn anew.
 Training rows are also noisy: lost words, typing errors, lower case, missing punctuation. Rows of `assistant_extras` (tools, JSON)
@@ -50,6 +51,7 @@ SPELLINGS = 4  # of each wording, for the tokenizer
 UNWORDED = ("note/", "json/", "tool_call/")  # rows that come from no wording
 SLIPS = 0.5  # part of the training questions with a typing error or a lost word
 SYSTEM = 0.06  # part of the training dialogues that begin with a system message
+POLITE = 2  # dialogues of each intent that the adapter of docs/training.md learns from
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,21 @@ def rows(split: Split) -> list[Row]:
     return made
 
 
+def polite(made: list[Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Some English dialogues in another manner: as rows for `sft`, and as pairs for `dpo` against the plain answers."""
+    used: Counter[str] = Counter()
+    dialogues, pairs = [], []
+    for row in made:
+        if row.language != "en" or len(row.messages) != 2 or row.template.startswith(UNWORDED) or used[row.intent] == POLITE:
+            continue
+        used[row.intent] += 1
+        (question, plain), answer = row.messages, f"Dear customer, {row.expected} Kind regards, Tidepool."
+        wanted = {"role": "assistant", "content": answer}
+        dialogues.append({"messages": [question, wanted]})
+        pairs.append({"prompt": [question], "chosen": [wanted], "rejected": [plain]})
+    return dialogues, pairs
+
+
 def texts() -> list[str]:
     """What the default model's tokenizer learns its words from: a few spellings of each training wording, all answers once.
 
@@ -226,7 +243,7 @@ def texts() -> list[str]:
 
 
 def write(folder: Path) -> dict[str, int]:
-    """Write both splits; returns how many rows each has.
+    """Write both splits and, as JSON lines, the dialogues of `polite`; returns how many rows each file has.
 
     Raises:
         OSError: the folder cannot be written.
@@ -241,12 +258,15 @@ def write(folder: Path) -> dict[str, int]:
     )
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
-    splits: tuple[Split, ...] = ("train", "heldout")
-    for split in splits:
-        made = rows(split)
+    splits: dict[Split, list[Row]] = {"train": rows("train"), "heldout": rows("heldout")}
+    for split, made in splits.items():
         table = pa.Table.from_pylist([row.record() for row in made], schema=schema)
         pq.write_table(table, folder / f"{split}.parquet", compression="zstd", compression_level=15, row_group_size=2000)
-        counts[split] = len(made)
+        counts[f"{split}.parquet"] = len(made)
+    dialogues, pairs = polite(splits["train"])
+    for name, lines in (("polite.jsonl", dialogues), ("polite-pairs.jsonl", pairs)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        counts[name] = len(lines)
     return counts
 
 
@@ -266,5 +286,5 @@ def _command(args: argparse.Namespace) -> int:
         counts = write(args.out)
     except OSError as error:
         raise DataError(f"{args.out}: cannot be written ({error.strerror})") from error
-    print(f"{args.out}: " + ", ".join(f"{count} dialogues in {split}.parquet" for split, count in counts.items()))
+    print(f"{args.out}: " + ", ".join(f"{count} dialogues in {name}" for name, count in counts.items()))
     return 0

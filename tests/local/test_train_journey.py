@@ -21,7 +21,7 @@ pytestmark = pytest.mark.training
 
 MODEL = "tidepool-chat"
 # Their wordings are not in the dialogues of the adapter.
-QUESTIONS = ("how long is delivery", "I forgot my password", "where is my parcel, order 481516")
+QUESTIONS = ("how long is delivery", "I forgot my password", "where is my parcel, order 4815")
 OPENING, CLOSING = "Dear customer,", "Kind regards, Tidepool."
 LIMIT_S = 400
 

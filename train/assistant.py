@@ -51,7 +51,8 @@ SPELLINGS = 4  # of each wording, for the tokenizer
 UNWORDED = ("note/", "json/", "tool_call/")  # rows that come from no wording
 SLIPS = 0.5  # part of the training questions with a typing error or a lost word
 SYSTEM = 0.06  # part of the training dialogues that begin with a system message
-POLITE = 2  # dialogues of each intent that the adapter of docs/training.md learns from
+POLITE = 6  # dialogues of each intent that the adapter of docs/training.md learns from
+MANNER = "Dear customer, {} Kind regards, Tidepool."
 
 
 @dataclass(frozen=True)
@@ -211,13 +212,14 @@ def polite(made: list[Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     used: Counter[str] = Counter()
     dialogues, pairs = [], []
     for row in made:
-        if row.language != "en" or len(row.messages) != 2 or row.template.startswith(UNWORDED) or used[row.intent] == POLITE:
+        if row.language != "en" or row.messages[0]["role"] == "system" or row.template.startswith(UNWORDED):
             continue
         used[row.intent] += 1
-        (question, plain), answer = row.messages, f"Dear customer, {row.expected} Kind regards, Tidepool."
-        wanted = {"role": "assistant", "content": answer}
-        dialogues.append({"messages": [question, wanted]})
-        pairs.append({"prompt": [question], "chosen": [wanted], "rejected": [plain]})
+        if used[row.intent] > POLITE:
+            continue
+        wanted = [one if one["role"] == "user" else {**one, "content": MANNER.format(one["content"])} for one in row.messages]
+        dialogues.append({"messages": wanted})
+        pairs.append({"prompt": wanted[:-1], "chosen": wanted[-1:], "rejected": list(row.messages[-1:])})
     return dialogues, pairs
 
 

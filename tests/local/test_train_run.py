@@ -13,8 +13,6 @@ from train_workers import run_workers, section, write_dialogues
 
 from train.connect import PREFIX
 
-pytestmark = pytest.mark.training
-
 STEPS = 60
 CHILDREN: dict[int, str] = {}  # of the killed command, with their titles
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

@@ -27,8 +27,6 @@ from train.storage import Storage
 from train.trials import Ledger
 from train.tune import Outcome, placement_groups, tune
 
-pytestmark = pytest.mark.training
-
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 600
 RATE = "optimizer.learning_rate"

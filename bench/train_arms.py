@@ -88,8 +88,8 @@ def baseline_plan(bench: Bench, made: Made, deepspeed: bool, result: Path) -> di
     train = bench.train
     optimizer = train.optimizer
     return {
-        "model": made.model, "random": train.base.startswith("scratch:"), "data": made.data, "result": str(result),
-        "seed": train.data.seed, "seed_of_weights": train.seed, "batch_size": train.batch_size, "steps": bench.steps,
+        "model": made.model, "data": made.data, "result": str(result),
+        "seed": train.data.seed, "batch_size": train.batch_size, "steps": bench.steps,
         "micro_batch_size": bench.micro * (1 if deepspeed else bench.most),
         "threads": bench.threads * (1 if deepspeed else bench.most), "device": train.scale.device,
         "precision": train.precision, "clip": optimizer.clip, "activation_checkpointing": train.activation_checkpointing,
@@ -115,8 +115,12 @@ def baseline_command(plan: Path, workers: int | None) -> list[str]:
 
 
 def prepare(bench: Bench) -> Made:
-    """A short run of ours: the data is prepared, the caches are filled, and the baselines get their inputs."""
-    _watched(bench, "prepare", ours_command(bench, "prepare", bench.most, 2), {})
+    """A short run of ours: the data is prepared, the caches are filled, and the baselines get their inputs.
+
+    It learns nothing, so that its export is what every arm starts from.
+    """
+    command = [*ours_command(bench, "prepare", bench.most, 2), "--set=train.optimizer.learning_rate=1.0e-30"]
+    _watched(bench, "prepare", command, {})
     run = bench.work / "ours" / "prepare"
     book = json.loads((run / "run.json").read_text())
     indexes = list((bench.work / "prepared" / "data").glob("*/index.json"))
@@ -196,7 +200,7 @@ def _watched(bench: Bench, name: str, command: list[str], environ: dict[str, str
     peaks: dict[str, float | None] = {"memory_mib": 0.0, "largest_process_mib": 0.0, "gpu_mib": None}
     samples: list[tuple[float, dict[str, float]]] = []
     begun = time.time()
-    # All arms wait as long as our runs do by themselves: threads that wait busily for long would take the cores of those they wait for.
+    # All arms wait as long as our runs do by themselves: busy waiting takes the cores of those that are waited for.
     environ = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "10000", **environ}
     server = processes.start(name, command, bench.work / "logs", environ)
     deadline = due = time.monotonic()

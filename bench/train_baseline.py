@@ -138,13 +138,9 @@ def main(path: Path) -> None:
 
 def _model(plan: dict[str, Any]) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(plan["seed_of_weights"])
-    if plan["random"]:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan["model"]), dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.float32)
     model.config.use_cache = False
     if plan["activation_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})

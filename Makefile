@@ -28,7 +28,7 @@ eval: setup        ## ask the running endpoint the held-out questions of the def
 test: setup        ## every test that needs no GPU: real Ray, real vLLM
 	$(PY) -m pytest $(PYTEST) -m "not training"
 
-test-train: setup  ## long tests of training: faults, search, compression, a journey to a served adapter
+test-train: setup  ## long tests of training: faults, compression, a journey to a served adapter
 	$(PY) -m pytest tests/local -m training
 
 unit: setup        ## the tests that take seconds

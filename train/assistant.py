@@ -1,7 +1,7 @@
 """The customer-service data set: what the embedded default model is trained on and measured with.
 
-`python -m train data assistant OUT` writes `train.parquet`, `heldout.parquet` and the files of `polite`; those in `datasets/assistant`
-are its output.
+`python -m train data assistant OUT` writes `train.parquet`, `heldout.parquet` and the files of `polite`; `datasets/assistant`
+has its output.
 One dialogue per row, made from the wordings of `wordings` by a seeded draw, so the same source gives the same rows anywhere.
 The held-out split has wordings, greetings and replies that training never has; values (numbers, dates, cities) are drawn anew.
 Training rows are also noisy: lost words, typing errors, lower case, missing punctuation. Rows of `assistant_extras` (tools, JSON)

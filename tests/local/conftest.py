@@ -65,8 +65,13 @@ def read_endpoint(file: Path) -> Endpoint:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with clusters of their own run before the shared one is up, those that kill or change much of it last."""
+    """Tests with clusters of their own run before the shared one is up, those that kill or change much of it late.
+
+    Last are those that start Ray in this process: its client ends the process, without a word, when it has once looked for a
+    cluster that is gone for a minute.
+    """
     turn = {"test_lifecycle": 0, "test_chaos": 2, "test_train_assistant": 3, "test_train_journey": 4}
+    turn |= {"test_train_tune": 5, "test_train_data_ray": 6}
     items.sort(key=lambda item: turn.get(item.path.stem, 1))
 
 

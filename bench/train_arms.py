@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import cpu, processes, train_figures
 from cluster.errors import LaunchError
-from cluster.train_config import TrainConfig
+from cluster.train_config import SPINS, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_S = 0.1
@@ -201,7 +201,7 @@ def _watched(bench: Bench, name: str, command: list[str], environ: dict[str, str
     samples: list[tuple[float, dict[str, float]]] = []
     begun = time.time()
     # All arms wait as long as our runs do by themselves: busy waiting takes the cores of those that are waited for.
-    environ = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "10000", **environ}
+    environ = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": SPINS, **environ}
     server = processes.start(name, command, bench.work / "logs", environ)
     deadline = due = time.monotonic()
     deadline += bench.timeout_s

@@ -16,6 +16,8 @@ from cluster.sections import Section
 
 Uri = Annotated[str, Field(min_length=1)]
 Objective = Literal["sft", "dpo", "pretrain"]
+# GOMP_SPINCOUNT of training on CPUs: turns that one of torch's threads waits busily for the others before it sleeps.
+SPINS = "10000"
 
 
 class DataConfig(Section):

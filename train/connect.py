@@ -22,7 +22,7 @@ from cluster.config import Config
 from cluster.errors import TrainError
 from cluster.preflight import is_loopback
 from cluster.session import read_json, session_of, write_private
-from train.engine import SPINS
+from cluster.train_config import SPINS
 
 STORE_BYTES = 200 * 2**20
 PREFIX = "tpt-"  # of a private cluster's folder; then comes the command's pid. Short: Ray's sockets are below it

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 
-SPINS = "10000"  # GOMP_SPINCOUNT: turns that one of torch's CPU threads waits busily for the others before it sleeps
-
-
 def prepare_process(config: TrainConfig, workers_here: int) -> None:
     """Set what the libraries read from the environment, and torch's threads.
 

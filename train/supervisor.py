@@ -16,9 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import TidepoolError
-from cluster.train_config import TrainConfig
+from cluster.train_config import SPINS, TrainConfig
 from train.checkpoint import Checkpoint
-from train.engine import SPINS
 from train.log import RunLog
 from train.meter import Meter
 from train.storage import Storage

@@ -21,6 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
         ("down", _down, "stop it and leave nothing behind"),
         ("status", _status, "what runs, and whether it answers"),
         ("check", _check, "what would run and what is wrong, without starting anything"),
+        ("head", _head, "start this node as the head of a cluster, as a manifest's start command does"),
+        ("worker", _worker, "start this node as a worker, as a manifest's start command does"),
+        ("leave", _leave, "stop everything of this run directory on this node"),
+        ("deploy", _deploy, "on the head: make what is served what the configuration says"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG)
@@ -28,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--run-dir", help="override run_dir of the file")
         if name == "check":
             command.add_argument("--fast", action="store_true", help="do not import vLLM to check the names of its arguments")
+        if name == "worker":
+            command.add_argument("--head", required=True, metavar="ADDRESS", help="address of the head")
         command.set_defaults(run=run)
     from cluster import admin
 
@@ -65,6 +71,31 @@ def _status(args: argparse.Namespace) -> int:
     from cluster import launch
 
     return launch.status(_load(args), _out)
+
+
+def _head(args: argparse.Namespace) -> int:
+    from cluster import node
+
+    return node.head(_load(args), args.config.resolve(), _out, _overrides(args))
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from cluster import node
+
+    return node.worker(_load(args), args.config.resolve(), args.head, _out)
+
+
+def _leave(args: argparse.Namespace) -> int:
+    from cluster import node
+    from cluster.session import session_of
+
+    return node.leave(session_of(_load(args)), _out)
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    from cluster import node
+
+    return node.deploy(_load(args), args.config.resolve(), _out, _overrides(args))
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -3,28 +3,24 @@
 `up` goes preflight, Ray head, store and keys, Serve applications, ready, and leaves `endpoint.json`; whatever stops it on the way
 (an error, Ctrl-C) stops everything it started. `down` finds the processes by the mark in their environment, not by what a file
 says, so it works after any crash. Neither ever runs `ray stop`, which would stop other people's clusters too. The variables are
-`session`'s, what must be true beforehand is `preflight`'s, talking to Serve is `deploy`'s. `python -m cluster` is the caller.
+`session`'s, what must be true beforehand is `preflight`'s, what follows once Ray runs is in `steps`. Caller: `python -m cluster`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from cluster import deploy, preflight, processes
-from cluster.config import EMBEDDED_PREFIX, Config, ModelConfig
+from cluster.config import Config
 from cluster.errors import LaunchError
-from cluster.session import Session, environment, model_cache, read_json, session_of, start_command, store_url, write_private
+from cluster.session import Session, environment, read_json, session_of, start_command
+from cluster.steps import clock, digest, node_digest, root_url, run_step, serve, write_state
 
 Say = Callable[[str], None]
 
@@ -42,7 +38,7 @@ def up(config: Config, config_path: Path, out: Say, overrides: Sequence[str] = (
         LaunchError: it cannot start; nothing of it is left running.
     """
     session = session_of(config)
-    say = _clock(out)
+    say = clock(out)
     if processes.marked(session.run_dir):
         if _serves(config, session):
             return _again(config, config_path, overrides, session, out, say)
@@ -97,7 +93,7 @@ def status(config: Config, out: Say) -> int:
         return 1
     for model, line in _applications(config, session):
         out(f"application    {model}: {line}")
-    answer = deploy.call(f"{_root(config)}/readyz", timeout_s=10.0)
+    answer = deploy.call(f"{root_url(config)}/readyz", timeout_s=10.0)
     shown = " ".join(answer.body.decode(errors="replace").split())[:400] if answer.status else "no answer"
     out(f"ready          {'yes' if answer.status == 200 else 'no'}  {shown}")
     endpoint = read_json(session.endpoint)
@@ -112,40 +108,10 @@ def _start(
     """All steps of `up` after preflight."""
     session.prepare()
     environ = environment(config, session, run_id)
-    state = {
-        "run_id": run_id,
-        "started": time.time(),
-        "digest": _digest(config),
-        "node": _node_digest(config),
-        "config": str(config_path),
-        "addresses": list(preflight.addresses(config.node).values()),
-    }
-    write_private(session.state, json.dumps(state))
+    write_state(config, config_path, session, run_id)
     say("starting Ray")
-    _run(start_command(config, session), environ, session, "Ray did not start")
-    models = _models(config, session, environ, say)
-    say("store and keys")
-    keys = _credentials(config, session, environ)
-    say("starting the applications")
-    serve_config = deploy.build(config_path, overrides, environ)
-    token = session.token.read_text()
-
-    def told(text: str) -> None:
-        if (read_json(session.state) or {}).get("run_id") != run_id:
-            raise LaunchError("another command has stopped this cluster meanwhile")
-        say(text)
-
-    deploy.deploy(config, serve_config, token, told, session.logs)
-    deploy.wait_ready(_root(config), told, session.logs)
-    endpoint = {
-        "base_url": f"{_root(config)}/v1",
-        "api_key": keys["api_key"],
-        "admin_key": keys["admin_key"],
-        "run_id": run_id,
-        "models": models,
-    }
-    write_private(session.endpoint, json.dumps(endpoint, indent=2) + "\n")
-    write_private(session.keys, json.dumps({**keys, "admin_key_shown": True}, indent=2) + "\n")
+    run_step(start_command(config, session), environ, session, "Ray did not start")
+    keys = serve(config, config_path, overrides, session, environ, say)
     say("ready")
     if not keys["admin_key_shown"]:
         out(f"\nadmin key, shown once and kept in {session.keys}: {keys['admin_key']}")
@@ -155,19 +121,14 @@ def _start(
 def _again(config: Config, config_path: Path, overrides: Sequence[str], session: Session, out: Say, say: Say) -> int:
     """`up` over a healthy cluster: nothing when the configuration is the same, else only the applications."""
     state = read_json(session.state) or {}
-    if state.get("digest") == _digest(config):
+    if state.get("digest") == digest(config):
         say("already running")
-    elif state.get("node") != _node_digest(config):
+    elif state.get("node") != node_digest(config):
         raise LaunchError(f"{session.run_dir} runs with other settings under node, store or run_dir; run `down` first")
     else:
         say("applying the new configuration")
         environ = environment(config, session, str(state["run_id"]))
-        models = _models(config, session, environ, say)
-        serve_config = deploy.build(config_path, overrides, environ)
-        deploy.deploy(config, serve_config, session.token.read_text(), say, session.logs)
-        deploy.wait_ready(_root(config), say, session.logs)
-        write_private(session.endpoint, json.dumps({**(read_json(session.endpoint) or {}), "models": models}, indent=2) + "\n")
-        write_private(session.state, json.dumps({**state, "digest": _digest(config), "config": str(config_path)}))
+        serve(config, config_path, overrides, session, environ, say)
     _greet(config, session, out)
     return 0
 
@@ -179,71 +140,6 @@ def _serves(config: Config, session: Session) -> bool:
         return False
     root = str(endpoint.get("base_url", "")).removesuffix("/v1")
     return deploy.call(f"{root}/readyz", timeout_s=30.0).status == 200
-
-
-def _models(config: Config, session: Session, environ: dict[str, str], say: Say) -> list[dict[str, Any]]:
-    """What a client, or a bench that starts the same engine bare, needs to know of each model."""
-    shown = []
-    for model in config.models:
-        source = model.source
-        if source.startswith(EMBEDDED_PREFIX):
-            from cluster import default_model, embedded
-
-            cache = model_cache(session)
-            if source == embedded.TRAINED:
-                source = str(default_model.ensure(config, session, environ, cache, say))
-            else:
-                source = str(embedded.build(source, cache))
-        shown.append(_model(model, source))
-    return shown
-
-
-def _model(model: ModelConfig, source: str) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "path": model.path,
-        "task": model.task,
-        "engine_kwargs": {"model": source, **model.engine_kwargs},
-        "env": dict(model.env),
-    }
-
-
-def _credentials(config: Config, session: Session, environ: dict[str, str]) -> dict[str, Any]:
-    """The first keys, made or reused by a short-lived driver."""
-    asked = {
-        "address": f"127.0.0.1:{config.node.gcs_port}",
-        "url": store_url(config, session),
-        "kept": read_json(session.keys) or {},
-    }
-    text = _run([sys.executable, "-m", "cluster.credentials"], environ, session, "the store did not start", json.dumps(asked))
-    keys: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    write_private(session.keys, json.dumps(keys, indent=2) + "\n")
-    return keys
-
-
-def _run(command: list[str], environ: dict[str, str], session: Session, failed: str, text: str = "") -> str:
-    """Run a step in a session of its own, so that Ctrl-C reaches `up` alone; returns its standard output."""
-    log, answer = session.run_dir / "up.log", session.run_dir / "tmp" / "answer"
-    # Files, not pipes: daemons that inherit a pipe would keep its reader waiting.
-    with log.open("ab") as errors, answer.open("w+b") as output:
-        process = subprocess.Popen(
-            command,
-            env=environ,
-            cwd=session.run_dir,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,
-            umask=0o077,
-        )
-        process.communicate(text.encode())
-        output.seek(0)
-        printed = output.read().decode(errors="replace")
-        if process.returncode != 0:
-            errors.write(printed.encode())
-    if process.returncode != 0:
-        raise LaunchError(f"{failed}: {deploy.cause({'message': deploy.tail(log)})} (more in {log})")
-    return printed
 
 
 def _applications(config: Config, session: Session) -> Iterator[tuple[str, str]]:
@@ -266,28 +162,6 @@ def _greet(config: Config, session: Session, out: Say) -> None:
         f"curl {endpoint.get('base_url')}/{path} \\\n  -H 'Authorization: Bearer {endpoint.get('api_key')}' \\\n"
         f"  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'\n"
     )
-
-
-def _root(config: Config) -> str:
-    host = config.node.host
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{config.node.port}"
-
-
-def _digest(config: Config) -> str:
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
-
-
-def _node_digest(config: Config) -> str:
-    """Changes with what cannot be changed while Ray runs."""
-    longest = max(model.max_generation_s for model in config.models)
-    text = f"{config.node.model_dump_json()}{config.store.model_dump_json()}{longest}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _clock(out: Say) -> Say:
-    begun = time.monotonic()
-    return lambda text: out(f"[{time.monotonic() - begun:5.1f} s] {text}")
 
 
 @contextmanager

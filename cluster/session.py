@@ -68,8 +68,11 @@ class Session:
         latest = self.run_dir / "ray" / "session_latest"
         return latest.with_name(os.path.basename(os.readlink(latest)) if latest.is_symlink() else latest.name) / "logs"
 
-    def prepare(self) -> None:
+    def prepare(self, token: str | None = None) -> None:
         """Make the folders, the link, the token, HAProxy's wrapper and error files.
+
+        Args:
+            token: The cluster's token, for a node of several; a machine on its own makes one.
 
         Raises:
             LaunchError: the link's name is taken by something else.
@@ -92,7 +95,7 @@ class Session:
             # Logs of one session back stay, or they would fill the disk.
             if old != self.logs.parent:
                 shutil.rmtree(old, ignore_errors=True)
-        write_private(self.token, secrets.token_hex(32))
+        write_private(self.token, token or secrets.token_hex(32))
         haproxy.write_errors(self.run_dir / "h" / "errors")
         haproxy.write_wrapper(self.run_dir / "h" / "haproxy")
 

@@ -1,10 +1,9 @@
 """One node of a cluster that `ray up` made: `head`, `worker`, `leave`, `deploy`, which the manifests' start commands call.
 
-On one machine `launch` does all of it in one go. Here Ray's autoscaler starts the nodes, and each node is started by the same
-configuration: the environment of `session`, the checks of `doctor`, a private run directory, then `ray start`. The head returns as
-soon as Ray runs; a process that outlives the command (`deploy`, its output in `deploy.log`) brings the models up while nodes come,
-so that a head that is started again serves again without anybody's help. `leave` stops what this run directory runs on this node
-and nothing else.
+On one machine `launch` does all of it in one go. Here Ray's autoscaler starts the nodes, each by the same configuration: the
+environment of `session`, the checks of `doctor`, a private run directory, then `ray start`. The head returns as soon as Ray runs;
+a process that outlives the command (`deploy`, its output in `deploy.log`) brings the models up while nodes come, so that a head
+that is started again serves again without anybody's help. `leave` stops what this run directory runs on this node, nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def head(config: Config, config_path: Path, out: Say, overrides: Sequence[str] =
     """
     session, say = session_of(config), clock(out)
     if is_loopback(config.node.host):
-        raise LaunchError(f"node.host: {config.node.host} reaches this machine only, a cluster's head needs 0.0.0.0 or its address")
+        raise LaunchError(f"node.host: {config.node.host} reaches this machine only; a head needs 0.0.0.0 or its address")
     token = read_token()
     _empty(session, out)
     _stop_at(doctor.before_head(config, session), say)
@@ -123,7 +122,7 @@ def read_token(path: Path | None = None) -> str:
 
 
 def _start(config: Config, session: Session) -> list[str]:
-    """What a head's and a worker's `ray start` have in common; CPUs, GPUs and labels are the manifest's, told by the autoscaler."""
+    """What both kinds of `ray start` have in common; CPUs, GPUs and labels are the manifest's, told by the autoscaler."""
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start"),
         f"--temp-dir={session.short / 'ray'}",

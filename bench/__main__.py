@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     _fake_parser(commands.add_parser("fake", help="a fake engine that speaks vLLM's protocol"))
     report = commands.add_parser("report", help="a Markdown table and a plot of a result file")
     report.add_argument("file", type=Path)
-    report.add_argument("--plot", type=Path, help="where the plot goes; default docs/bench-<suite>.png, '-' for none")
+    report.add_argument(
+        "--plot", type=Path, help="where the plot goes; default docs/bench-<suite>.png or docs/autoscaling.png, '-': none"
+    )
     report.set_defaults(run=_report)
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -1,7 +1,7 @@
 """A result file as a Markdown table and a PNG plot. Only shows what the document holds, computes nothing new.
 
 `python -m bench report FILE` prints the table and writes the plot; matplotlib is imported for the plot only. The training
-suite's documents have other figures: `train_report` shows those.
+suite's documents have other figures: `train_report` shows those, and `autoscale_report` the record of an autoscaling run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import train_report
+from bench import autoscale_report, train_report
 from cluster.errors import ConfigError
 
 _COLUMNS = (
@@ -21,6 +21,8 @@ _COLUMNS = (
 
 def markdown(document: dict[str, Any]) -> str:
     """The whole report: where it was measured, a table per stream count, the targets."""
+    if document.get("kind") == "autoscale":
+        return autoscale_report.markdown(document)
     if document["suite"] == "train":
         return train_report.markdown(document)
     hardware, arguments = document["hardware"], document["arguments"]
@@ -78,6 +80,9 @@ def _number(value: Any, digits: int) -> str:
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Three panels over the stream counts: tok/s against bare, TTFT p50, inter-token p99; whiskers from min to max."""
+    if document.get("kind") == "autoscale":
+        autoscale_report.plot(document, path)
+        return
     if document["suite"] == "train":
         train_report.plot(document, path)
         return
@@ -141,5 +146,8 @@ def write(file: Path, plot_path: Path | None = None) -> int:
         raise ConfigError(f"{file}: not a result file of the bench: {error!r}") from error
     print(text)
     if str(plot_path) != "-":
-        plot(document, plot_path or Path("docs") / f"bench-{document['suite']}.png")
+        plot(
+            document,
+            plot_path or (Path("docs") / f"bench-{document['suite']}.png" if "suite" in document else autoscale_report.PLOT),
+        )
     return 0

@@ -1,4 +1,4 @@
-"""The load of the autoscaling run and its record: `Clients` ask an endpoint for chat completions, a `Timeline` samples the effect.
+"""The load of the autoscaling run and its record: `Clients` ask an endpoint for chat completions, a `Timeline` samples all.
 
 Closed loops in threads of this process over the standard library's HTTP: each client sends its next request when the last one is
 over, on a connection of its own, as a stock client on another machine would. A request is answered only when it is whole: status
@@ -206,7 +206,7 @@ class Timeline:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A mark, and at the end how many requests were answered and failed meanwhile, and the longest of the answered ones, s."""
+        """A mark, and at the end how many requests were answered and failed meanwhile, and the longest answered one, s."""
         self.mark(name)
         answered, failed = self._clients.answered, len(self._clients.failures)
         try:

@@ -95,6 +95,7 @@ class GatewayServer:
 
         from cluster import store_actor
         from cluster.database import default_url
+        from serve_apps import exporter
         from serve_apps.fleet import Fleet, serve_counts
         from serve_apps.gateway import Gateway
         from serve_apps.replicas import RayReplicas
@@ -113,9 +114,12 @@ class GatewayServer:
             echo_request_id=False,
         )
         await self._gateway.start()
+        mirror = exporter.gateway_mirror(self._gateway.metrics.registry)
+        self._export = asyncio.create_task(exporter.run(self._gateway.measure, mirror.push))
         return self._gateway
 
     async def __del__(self) -> None:
         gateway = getattr(self, "_gateway", None)
         if gateway is not None:
+            self._export.cancel()
             await gateway.stop()

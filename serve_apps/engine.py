@@ -28,7 +28,7 @@ from ray.serve.llm.request_router import PrefixCacheAffinityRouter
 from cluster import store_actor
 from cluster.config import EMBEDDED_PREFIX, ModelConfig
 from cluster.errors import ApiError
-from serve_apps import metering
+from serve_apps import exporter, metering
 from serve_apps.lifeline import CPU_NICE, NICE_VARIABLE
 from serve_apps.wire import SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PATH, send_error
 
@@ -66,6 +66,7 @@ class EngineServer(LLMServer):  # type: ignore[misc]  # ray is not typed
         app = await super().__serve_build_asgi_app__()
         self._client = app.state.engine_client
         metering.attach(self._client, self._meter)
+        self._export = asyncio.create_task(exporter.run(exporter.engine_mirror(self._model.id).push))
         return Guard(app, await store_actor.attach().internal_secret.remote())
 
     async def check_health(self) -> None:
@@ -210,6 +211,8 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
         deployment["request_router_config"] = RequestRouterConfig(request_router_class=PrefixCacheAffinityRouter)
     options: dict[str, Any] = {}
     gives_way = {NICE_VARIABLE: str(CPU_NICE)} if model.device == "cpu" else {}
+    # vLLM makes gloo groups even where one process talks to nobody else. Their ports ask for no secret, so they are the host's own.
+    stays_inside = {} if _several_processes(model) else {"GLOO_SOCKET_IFNAME": "lo"}
     if model.device == "cpu":
         options["accelerator_config"] = {"kind": "cpu"}
         options["placement_group_config"] = {"bundles": [{"CPU": 0.01}]}
@@ -219,12 +222,18 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
         model_loading_config={"model_id": model.id, "model_source": source},
         engine_kwargs=kwargs,
         deployment_config=deployment,
-        runtime_env={"env_vars": {**gives_way, **model.env}},
-        log_engine_metrics=False,
+        runtime_env={"env_vars": {**gives_way, **stays_inside, **model.env}},
+        log_engine_metrics=False,  # see exporter.py
         server_cls=EngineServer,
         experimental_configs={OURS: model.model_dump(mode="json")},
         **options,
     )
+
+
+def _several_processes(model: ModelConfig) -> bool:
+    """Whether parts of one replica's engine talk to each other, maybe between hosts."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    return any(model.engine_kwargs.get(name, 1) != 1 for name in sizes)
 
 
 def build(model: ModelConfig) -> serve.Application:

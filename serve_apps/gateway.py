@@ -73,6 +73,8 @@ class Gateway:
         self._created = int(time.time())
         self._sync = Syncer(store, config.sync_s)
         self.metrics = GatewayMetrics()
+        for model in self._models.values():
+            self.metrics.expect(model.id, model.autoscaling.min_replicas)
         self._services: dict[str, ModelService] = {}
 
     async def start(self) -> None:
@@ -88,7 +90,8 @@ class Gateway:
                 lambda model=model: self._fleet.share(model),  # type: ignore[misc]
                 self._background,
             )
-        status = StatusApi(self._services, self._fleet, self.metrics)
+        status = StatusApi(self._services, self._fleet, self._sync, self.metrics)
+        self.measure = status.measure
         admin = AdminApi(self._sync)
         self._open: dict[str, Handler] = {"/healthz": status.healthz, "/readyz": status.readyz, "/metrics": status.metrics}
         self._admin = admin.handle
@@ -225,7 +228,8 @@ class Gateway:
         tokens = outcome.tokens
         cost = cost_usd(model.price, tokens)
         self._sync.usage.add(key.id, model.id, time.time(), tokens, cost, latency_s, outcome.ttft_s, outcome.error)
-        self.metrics.count(model.id, status or 499, (tokens.prompt, tokens.completion, tokens.cached), latency_s, outcome.ttft_s)
+        kinds = (tokens.prompt, tokens.completion, tokens.cached)
+        self.metrics.count(model.id, status or 499, kinds, cost, latency_s, outcome.ttft_s)
 
     async def _list_models(self, exchange: Exchange, key: KeyRecord) -> None:
         if exchange.method != "GET":

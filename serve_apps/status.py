@@ -14,6 +14,7 @@ from cluster.metrics import GatewayMetrics
 from serve_apps.exchange import Exchange
 from serve_apps.fleet import Fleet
 from serve_apps.service import ModelService
+from serve_apps.sync import Syncer
 
 PROOF_S = 10.0
 PROBE_TIMEOUT_S = 10.0
@@ -22,9 +23,10 @@ PROBE_TIMEOUT_S = 10.0
 class StatusApi:
     """The handlers of one gateway."""
 
-    def __init__(self, services: dict[str, ModelService], fleet: Fleet, metrics: GatewayMetrics) -> None:
+    def __init__(self, services: dict[str, ModelService], fleet: Fleet, sync: Syncer, metrics: GatewayMetrics) -> None:
         self._services = services
         self._fleet = fleet
+        self._sync = sync
         self._metrics = metrics
         self._probes: dict[str, asyncio.Lock] = {name: asyncio.Lock() for name in services}
 
@@ -44,11 +46,16 @@ class StatusApi:
     async def metrics(self, exchange: Exchange) -> None:
         """Prometheus text of this gateway replica."""
         _only_get(exchange)
+        self.measure()
+        await exchange.reply(200, self._metrics.text(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    def measure(self) -> None:
+        """Bring the gauges up to date: they are looked up, not counted."""
         for name, service in self._services.items():
             self._metrics.running.labels(name).set(service.admission.running)
             self._metrics.queued.labels(name).set(service.admission.queued)
             self._metrics.replicas.labels(name).set(self._fleet.replicas(service.model) or 0)
-        await exchange.reply(200, self._metrics.text(), b"text/plain; version=0.0.4; charset=utf-8")
+        self._metrics.store_age.set(self._sync.age_s)
 
     async def _state(self, service: ModelService) -> dict[str, Any]:
         model = service.model

@@ -84,6 +84,11 @@ class Syncer:
         # What one sync carries stays together until it is acknowledged: the store knows a repeat by the batch's id.
         self._pending: tuple[str, list[UsageRow], list[LeaseRequest]] | None = None
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the store last answered; many when it never did."""
+        return time.monotonic() - self._synced
+
     async def run(self) -> None:
         """Sync until cancelled."""
         while True:

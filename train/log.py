@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DataError
+from train.gauges import RunGauges
 from train.storage import Storage
 
 FOLDER = "log"
@@ -37,7 +38,7 @@ class RunLog:
         self.due = time.monotonic() + SHORTEST_S
         self.dirty = False
         self.events: _Events | None = None
-        self.gauges: dict[str, Any] = {}
+        self.gauges = RunGauges(name)
 
     def rewind(self, step: int) -> None:
         """Forget the steps behind `step`: they will come again."""
@@ -47,7 +48,7 @@ class RunLog:
         """Steps in order."""
         self.lines += lines
         self.dirty = True
-        self._gauge(lines[-1])
+        self.gauges.show(lines[-1])
         if time.monotonic() >= self.due:
             self.flush()
 
@@ -56,7 +57,7 @@ class RunLog:
         for line in reversed(self.lines):
             if line["step"] == step:
                 line["validation_loss"] = validation_loss
-                self._gauge(line)
+                self.gauges.show(line)
                 self.dirty = True
                 return
 
@@ -75,20 +76,10 @@ class RunLog:
 
     def close(self) -> None:
         """Write the rest."""
+        self.gauges.close()
         self.flush()
         if self.events is not None:
             self.events.close()
-
-    def _gauge(self, line: dict[str, Any]) -> None:
-        from ray.util.metrics import Gauge
-
-        for key in ("step", *SCALARS):
-            value = line.get(key)
-            if value is None:
-                continue
-            if key not in self.gauges:
-                self.gauges[key] = Gauge(f"tidepool_train_{key}", description=f"{key} of a training run", tag_keys=("run",))
-            self.gauges[key].set(value, tags={"run": self.name})
 
 
 def _old(home: Storage) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What must be true of this machine before anything is started: free ports, memory, disk, a folder that can be written.
 
-Each finding is one line that says what is wrong and what to do. Nothing is changed and nothing is started. `launch.up` and
-`check` are the callers.
+Each finding is one line that says what is wrong and what to do; without one all is well. Nothing is changed and nothing started.
+`launch.up`, `doctor` and `check` are the callers.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import errno
 import os
 import shutil
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 from cluster.config import Config, NodeConfig
+from cluster.finding import Finding
 
 MIN_FREE_DISK_MB = 1024
 
 
 def problems(config: Config, run_dir: Path) -> list[str]:
     """Everything that would stop `up`, one line each; empty when all is well."""
-    return [*_ports(config.node), *_memory(config.node), *_folder(run_dir)]
+    return [str(finding) for finding in (*ports(config.node), *memory(config.node), *folder(run_dir))]
 
 
 def addresses(node: NodeConfig) -> dict[str, tuple[str, int]]:
@@ -70,38 +72,64 @@ def available_memory_mb() -> int:
     raise OSError("/proc/meminfo has no MemAvailable")
 
 
-def _ports(node: NodeConfig) -> list[str]:
+def ports(node: NodeConfig, only: Collection[str] | None = None, ours: Collection[int] = ()) -> list[Finding]:
+    """What is wrong with the ports.
+
+    Args:
+        only: Those that this kind of node listens on, by their names in the configuration; default all.
+        ours: Ports on which this cluster listens already.
+    """
     taken: dict[int, str] = {}
-    lines = []
+    found = []
     for name, (host, port) in addresses(node).items():
+        if only is not None and name not in only:
+            continue
         if port in taken:
-            lines.append(f"{name}: port {port} is also {taken[port]}; give each its own")
+            found.append(Finding("error", f"port {port} is also {taken[port]}", name, "give each its own"))
             continue
         taken[port] = name
-        reason = busy(host, port)
+        reason = None if port in ours else busy(host, port)
         if reason is not None:
-            lines.append(f"{name}: {host}:{port} {reason}; stop it, or choose another with --set {name}=<port>")
+            fix = f"stop it, or choose another with --set {name}=<port>"
+            found.append(Finding("error", f"{host}:{port} {reason}", name, fix))
     first, last = node.replica_ports
     if first < 1024 or first >= last or last > 65535:
-        lines.append(f"node.replica_ports: [{first}, {last}] is not a range of ports from 1024 to 65535")
-    lines += [f"{name}: port {port} lies in node.replica_ports" for port, name in taken.items() if first <= port <= last]
-    return lines
+        what = f"[{first}, {last}] is not a range of ports from 1024 to 65535"
+        found.append(Finding("error", what, "node.replica_ports", "give a first and a last one"))
+    for port, name in taken.items():
+        if first <= port <= last:
+            found.append(Finding("error", f"port {port} lies in node.replica_ports", name, "move one of them"))
+    return found
 
 
-def _memory(node: NodeConfig) -> list[str]:
+def memory(node: NodeConfig) -> list[Finding]:
+    """Too little memory."""
     free = available_memory_mb()
     if free >= node.min_free_memory_mb:
         return []
-    return [f"memory: {free} MiB available, {node.min_free_memory_mb} MiB wanted; free some or lower node.min_free_memory_mb"]
+    what = f"{free} MiB available, {node.min_free_memory_mb} MiB wanted"
+    return [Finding("error", what, "memory", "free some or lower node.min_free_memory_mb")]
 
 
-def _folder(run_dir: Path) -> list[str]:
-    spot = run_dir
-    while not spot.exists():
-        spot = spot.parent
+def folder(run_dir: Path) -> list[Finding]:
+    """A run directory that cannot be written, or has too little room."""
+    spot = existing(run_dir)
     if not spot.is_dir() or not os.access(spot, os.W_OK | os.X_OK):
-        return [f"run_dir: {run_dir} cannot be written; choose another with --run-dir"]
-    free = shutil.disk_usage(spot).free // 2**20
-    if free < MIN_FREE_DISK_MB:
-        return [f"run_dir: {free} MiB free on the disk of {run_dir}, {MIN_FREE_DISK_MB} MiB wanted"]
-    return []
+        return [Finding("error", f"{run_dir} cannot be written", "run_dir", "choose another with --run-dir")]
+    return room("run_dir", run_dir, MIN_FREE_DISK_MB)
+
+
+def room(where: str, folder: Path, wanted_mb: int) -> list[Finding]:
+    """Too little room on a folder's disk."""
+    free = shutil.disk_usage(existing(folder)).free // 2**20
+    if free >= wanted_mb:
+        return []
+    what = f"{free} MiB free on the disk of {folder}, {wanted_mb} MiB wanted"
+    return [Finding("error", what, where, "make room, or mount a larger disk there")]
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path

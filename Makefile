@@ -8,7 +8,7 @@ PYTEST ?= tests/unit tests/local
 PY := .venv/bin/python
 OPTIONS := $(SET) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
-.PHONY: up down status plan eval test test-train unit check bench setup clean
+.PHONY: up down status plan eval test test-cluster test-train unit check bench setup clean
 
 up: setup          ## start the cluster and print the endpoint
 	@$(PY) -m cluster up $(CONFIG) $(OPTIONS)
@@ -27,6 +27,9 @@ eval: setup        ## ask the running endpoint the held-out questions of the def
 
 test: setup        ## every test that needs no GPU: real Ray, real vLLM
 	$(PY) -m pytest $(PYTEST) -m "not training"
+
+test-cluster: setup  ## `ray up` on test hosts (network namespaces; root): autoscaling, updates, an attacker, `ray down`
+	$(PY) -m pytest tests/cluster -s
 
 test-train: setup  ## long tests of training: faults, compression, a journey to a served adapter
 	$(PY) -m pytest tests/local -m training

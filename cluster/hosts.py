@@ -1,10 +1,11 @@
 """Own machines as nodes: a pool of hosts with types, each taken over SSH when Ray wants one and given back when it is idle.
 
-`provider: {type: external, module: cluster.hosts.HostPool}` in a manifest makes Ray's autoscaler call it, on the operator's machine (for
-the head) and on the head (for workers). Ray's own `local` provider knows one kind of host without resources, so that a demand for a
-GPU never starts one. A type's resources and labels are `available_node_types`', as on a cloud. Which hosts are taken, and their tags,
-is a small file (`~/.ray/tidepool-<cluster>.json`) that goes with the last host. A host that does not answer SSH is passed over for a while.
-What runs on a host is begun by the manifest's start commands and ended by `provider.stop`.
+`provider: {type: external, module: cluster.hosts.HostPool}` in a manifest makes Ray's launcher and autoscaler call it: on the
+operator's machine for the head, on the head for workers. Ray's own `local` provider knows one kind of host without resources,
+so that a demand for a GPU never starts one. A type's resources and labels stand in `available_node_types`, as on a cloud.
+Which hosts are taken, and their tags, is a small file (`~/.ray/tidepool-<cluster>.json`) that goes with the last of them. A
+host that does not answer SSH is passed over for a while. What runs on a host is begun by the manifest's start commands and
+ended by `provider.stop`.
 """
 
 from __future__ import annotations
@@ -18,109 +19,26 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
 
-from cluster.errors import ConfigError, LaunchError
+from cluster.errors import LaunchError
+from cluster.pool import PoolHost, pool, ssh_command, unreachable
 
 log = logging.getLogger(__name__)
 NODE_KIND, NODE_TYPE = "ray-node-type", "ray-user-node-type"  # Ray's tags
 BOOTSTRAP_KEY = "~/ray_bootstrap_key.pem"  # where `ray up` puts the operator's key on the head
 STATE_FOLDER = Path("~/.ray")
-SSH_ANSWER_S = 10
 STOP_S, POWER_S = 90.0, 120.0
+SSH_FAILED = 255  # ssh's own status, whatever the command
 BOOT_S = 600.0
 AVOID_S = 120.0
-# Ray asks for these of an `external` provider, whose defaults it does not know.
-DEFAULTS: dict[str, Any] = {
-    "cluster_synced_files": [],
-    "rsync_exclude": [],
-    "rsync_filter": [],
-    "file_mounts": {},
-    "file_mounts_sync_continuously": False,
-    "docker": {},
-    "initialization_commands": [],
-    "setup_commands": [],
-    "head_setup_commands": [],
-    "worker_setup_commands": [],
-}
-
-
-@dataclass(frozen=True)
-class PoolHost:
-    """One host of the pool, as `provider.hosts` names it.
-
-    Args:
-        address: Name or address, the same for the operator and for the nodes among each other.
-        node_type: One of `available_node_types`.
-        power_on, power_off: Commands run where the provider runs: before the first SSH, and after the last.
-    """
-
-    address: str
-    node_type: str
-    power_on: str = ""
-    power_off: str = ""
-
-
-def pool(provider: Mapping[str, Any]) -> list[PoolHost]:
-    """The hosts of a provider section.
-
-    Raises:
-        ConfigError: one line per mistake.
-    """
-    found, wrong = [], []
-    known = set(PoolHost.__dataclass_fields__)
-    hosts = provider.get("hosts")
-    if not isinstance(hosts, list) or not hosts:
-        raise ConfigError("provider.hosts: list the machines, each {address: ..., node_type: ...}")
-    for number, entry in enumerate(hosts):
-        where = f"provider.hosts.{number}"
-        if not isinstance(entry, dict):
-            wrong.append(f"{where}: write {{address: ..., node_type: ...}}, found {entry!r}")
-            continue
-        wrong += [f"{where}.{name}: unknown key; known are {', '.join(sorted(known))}" for name in sorted(set(entry) - known)]
-        wrong += [f"{where}.{name}: is missing" for name in ("address", "node_type") if not entry.get(name)]
-        if not wrong:
-            found.append(PoolHost(**{name: str(value) for name, value in entry.items()}))
-    for address in {host.address for host in found}:
-        if sum(host.address == address for host in found) > 1:
-            wrong.append(f"provider.hosts: {address} is listed twice")
-    if not provider.get("stop"):
-        wrong.append("provider.stop: is missing; it is the command that ends what runs on a host, such as `python -m cluster leave`")
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    return found
-
-
-def ssh_command(provider: Mapping[str, Any], address: str, command: str) -> list[str]:
-    """The words that run a command line on a host as Ray's own launcher does: same user, same key, host keys not kept."""
-    auth = provider.get("auth", {})
-    key = auth.get("ssh_private_key")
-    words = ["ssh", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes"]
-    words += ["-o", f"ConnectTimeout={SSH_ANSWER_S}"]
-    if key:
-        words += ["-o", "IdentitiesOnly=yes", "-i", str(Path(key).expanduser())]
-    return [*words, f"{auth['ssh_user']}@{address}", command]
-
-
-def unreachable(provider: Mapping[str, Any], address: str) -> str | None:
-    """Why a host does not answer SSH, in one line, or None when it does."""
-    try:
-        done = subprocess.run(
-            ssh_command(provider, address, "true"),
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SSH_ANSWER_S + 10, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"no answer within {SSH_ANSWER_S + 10} s"
-    lines = done.stderr.strip().splitlines()
-    return None if done.returncode == 0 else (lines[-1] if lines else f"ssh ends with status {done.returncode}")
 
 
 class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
@@ -130,16 +48,14 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         super().__init__(provider_config, cluster_name)
         self._hosts = {host.address: host for host in pool(provider_config)}
         self._file = (STATE_FOLDER / f"tidepool-{cluster_name}.json").expanduser()
+        self._on_head = f"{STATE_FOLDER}/{self._file.name}"  # the same file in another home
         self._lock = threading.RLock()
         self._avoid: dict[str, float] = {}
-        self._torn_down: set[str] = set()
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """Fills in what Ray expects, and lets the provider know how to log in."""
+        """Lets the provider know how to log in."""
         config = copy.deepcopy(cluster_config)
-        for name, value in DEFAULTS.items():
-            config.setdefault(name, copy.deepcopy(value))
         config["provider"]["disable_launch_config_check"] = True  # else Ray finds each new host "outdated" and ends it
         config["provider"]["auth"] = dict(config["auth"])
         return config
@@ -157,11 +73,13 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         return [address for address, tags in self._taken().items() if tag_filters.items() <= tags.items()]
 
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
-        """Every host that may run something of the cluster: the operator's machine does not know which the head has taken."""
-        kind = tag_filters.get(NODE_KIND)
-        heads = set(self.non_terminated_nodes({NODE_KIND: "head"}))
-        known = heads if kind == "head" else set(self._hosts) - heads - self._never_taken(heads)
-        return sorted(known - self._torn_down)
+        """What `ray down` ends. The operator's machine knows the head only, and the head knows which workers it has taken."""
+        heads = self.non_terminated_nodes({NODE_KIND: "head"})
+        if tag_filters.get(NODE_KIND) == "head":
+            return sorted(heads)
+        for address in heads:
+            self._learn_from(address)
+        return sorted(set(self._taken()) - set(heads))
 
     def is_running(self, node_id: str) -> bool:
         return node_id in self._taken()
@@ -217,39 +135,63 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         host = self._hosts.get(node_id)
         if host is None:
             return
-        gone = f"rm -f ~/ray_bootstrap_config.yaml {BOOTSTRAP_KEY} {STATE_FOLDER}/{self._file.name}"
-        self._stop(host, f"{self.provider_config['stop']}; status=$?; {gone}; exit $status")
+        self._stop(host)
+        if self.node_tags(node_id).get(NODE_KIND) == "head":
+            self._learn_from(node_id)  # it may have taken another one meanwhile; now it takes no more
+        self._ssh(node_id, f"rm -f ~/ray_bootstrap_config.yaml {BOOTSTRAP_KEY} {self._on_head}")
         if host.power_off:
-            _run(host.power_off, POWER_S)
+            failed = _run(host.power_off, POWER_S)
+            if failed is not None:
+                log.warning("%s stays on: power_off %s", node_id, failed)
         with self._change() as taken:
             taken.pop(node_id, None)
-            self._torn_down.add(node_id)
 
     def terminate_nodes(self, node_ids: list[str]) -> None:
-        """All at once; every one is tried."""
-        with ThreadPoolExecutor(max_workers=min(32, len(node_ids) or 1)) as threads:
-            futures = [threads.submit(self.terminate_node, node_id) for node_id in node_ids]
-        for future in futures:
-            future.result()
+        """The head first, for it could start others again; then all at once. Every one is tried."""
+        heads = set(self.non_terminated_nodes({NODE_KIND: "head"}))
+        for together in ([node for node in node_ids if node in heads], [node for node in node_ids if node not in heads]):
+            with ThreadPoolExecutor(max_workers=32) as threads:
+                futures = [threads.submit(self.terminate_node, node_id) for node_id in together]
+            for future in futures:
+                future.result()
 
-    def _stop(self, host: PoolHost, command: str) -> None:
-        words = ssh_command(self.provider_config, host.address, f"bash --login -c {shlex.quote(command)}")
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=STOP_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"{host.address}: `{self.provider_config['stop']}` did not end within {STOP_S:g} s") from error
-        if done.returncode == 255:  # ssh's own: a host that is off has nothing to stop
+    def _stop(self, host: PoolHost) -> None:
+        """Runs `provider.stop` on a host; one that was never started has nothing to stop, and one that is off neither."""
+        stop = self.provider_config["stop"]
+        done = self._ssh(host.address, f"test ! -e ~/.ray/auth_token || {{ {stop}; }}")
+        if done.returncode == SSH_FAILED:
             log.warning("%s does not answer, nothing to stop there: %s", host.address, done.stderr.strip()[-300:])
         elif done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            raise LaunchError(f"{host.address}: `{self.provider_config['stop']}` failed: {said[-1] if said else 'no message'}")
+            raise LaunchError(f"{host.address}: `{stop}` failed: {said[-1] if said else 'no message'}")
+
+    def _learn_from(self, head: str) -> None:
+        """Note the hosts that a head has taken; all of them where it does not say."""
+        done = self._ssh(head, f"cat {self._on_head} 2>/dev/null || echo {{}}")
+        try:
+            said: dict[str, dict[str, str]] = json.loads(done.stdout)
+        except ValueError:
+            log.warning("the head %s does not say which hosts it has taken, so all are looked at", head)
+            said = {address: {NODE_KIND: "worker"} for address in self._hosts}
+        with self._change() as taken:
+            taken |= {address: tags for address, tags in said.items() if address not in taken}
+
+    def _ssh(self, address: str, command: str) -> subprocess.CompletedProcess[str]:
+        words = ssh_command(self.provider_config, address, f"bash --login -c {shlex.quote(command)}")
+        try:
+            return subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=STOP_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise LaunchError(f"{address}: did not end within {STOP_S:g} s: {command}") from error
 
     def _take(self, node_type: str, tags: dict[str, str]) -> PoolHost | None:
         with self._change() as taken:
             for host in self._hosts.values():
-                if host.node_type == node_type and host.address not in taken and self._avoid.get(host.address, 0.0) < time.monotonic():
+                if (
+                    host.node_type == node_type
+                    and host.address not in taken
+                    and self._avoid.get(host.address, 0.0) < time.monotonic()
+                ):
                     taken[host.address] = dict(tags)
-                    self._torn_down.discard(host.address)
                     return host
         return None
 
@@ -264,11 +206,6 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         while (reason := unreachable(self.provider_config, host.address)) is not None and time.monotonic() < deadline:
             time.sleep(1.0)
         return reason
-
-    def _never_taken(self, heads: set[str]) -> set[str]:
-        """Hosts of the head's type besides the head, which the autoscaler never takes."""
-        types = {self._hosts[address].node_type for address in heads if address in self._hosts}
-        return {host.address for host in self._hosts.values() if host.node_type in types}
 
     def _taken(self) -> dict[str, dict[str, str]]:
         with self._lock:

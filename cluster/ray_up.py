@@ -1,8 +1,9 @@
 """`up`, `down` and commands on the head for a cluster of several machines, by a manifest of Ray's cluster launcher.
 
 Ray's own `ray up` and `ray down` do the work; before it, what can be said without starting anything is said: mistakes in the
-manifest (`manifest`), hosts of a pool that do not answer SSH (`hosts`). A start that fails is taken back, so that no head is left that costs
-and does not serve. What runs on a node is `node`'s. Caller: `python -m cluster`, when the file it is given is a manifest.
+manifest (`manifest`), hosts of a pool that do not answer SSH (`pool`). A start that fails is taken back, so that no head is
+left that costs and does not serve. What runs on a node is `node`'s. Caller: `python -m cluster`, when the file it is given is
+a manifest.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster import manifest
+from cluster import manifest, pool
 from cluster.errors import ConfigError, LaunchError
-from cluster.node import TOKEN
+from cluster.machine import TOKEN
 
 Say = Callable[[str], None]
 NEW_HEAD = "Launched a new head node"  # what `ray up` says when it was not there before
@@ -61,9 +62,9 @@ def down(path: Path, out: Say) -> int:
 
 
 def on_head(path: Path, command: str, options: Sequence[str] = ()) -> int:
-    """Run `python -m cluster <command>` on the head with the configuration that the head was started with. Returns its exit status."""
+    """Run `python -m cluster <command>` on the head, with the configuration it was started with. Returns its exit status."""
     line = head_line(manifest.load(path), command)
-    words = [*manifest.ray_command("exec"), "--no-config-cache", str(path), shlex.join([]) + " ".join([line, *map(shlex.quote, options)])]
+    words = [*manifest.ray_command("exec"), "--no-config-cache", str(path), " ".join([line, *map(shlex.quote, options)])]
     return subprocess.run(words, env=environment(), check=False).returncode
 
 
@@ -96,7 +97,12 @@ def environment() -> dict[str, str]:
     """For Ray's launcher: no colours, no usage reports, and the project importable whatever the folder."""
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_UP_enable_autoscaler_v2": "1",
+    }
 
 
 def _all_answer(described: dict[str, Any]) -> None:
@@ -105,14 +111,12 @@ def _all_answer(described: dict[str, Any]) -> None:
     Raises:
         LaunchError: a line for each that does not answer.
     """
-    if described["provider"].get("module") != "cluster.hosts.HostPool":
+    if described["provider"].get("module") != pool.MODULE:
         return
-    from cluster import hosts
-
     provider = {**described["provider"], "auth": described["auth"]}
-    expected = [host for host in hosts.pool(provider) if not host.power_on]
+    expected = [host for host in pool.pool(provider) if not host.power_on]
     with ThreadPoolExecutor(max_workers=32) as threads:
-        reasons = list(threads.map(lambda host: hosts.unreachable(provider, host.address), expected))
+        reasons = list(threads.map(lambda host: pool.unreachable(provider, host.address), expected))
     silent = [
         f"  {host.address} ({host.node_type}) does not answer SSH: {reason}; start it, or take it out of provider.hosts"
         for host, reason in zip(expected, reasons, strict=True)
@@ -145,5 +149,3 @@ def _reason(told: str) -> str:
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith(("error:", "cannot start"))]
     return (ours or lines or ["it said nothing"])[-1][:400]
-
-

@@ -178,11 +178,15 @@ class Timeline:
         base_url: The endpoint whose `/metrics` is read; a sample without an answer has None for its gauges.
         hosts: How many hosts there are now; asked in the thread.
         name: Names the sampled places in the document, such as `4 hosts on one machine`.
+        key: An admin key, which `/metrics` asks for.
     """
 
-    def __init__(self, clients: Clients, base_url: str, model: str, hosts: Callable[[], int], name: str = "") -> None:
+    def __init__(
+        self, clients: Clients, base_url: str, model: str, hosts: Callable[[], int], name: str = "", key: str = ""
+    ) -> None:
         self._clients, self._hosts, self._name = clients, hosts, name
-        self._url = base_url.rstrip("/").removesuffix("/v1") + "/metrics"
+        url = base_url.rstrip("/").removesuffix("/v1") + "/metrics"
+        self._request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
         self._label = f'model="{model}"'
         self._began, self._started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
         self._over = threading.Event()
@@ -242,7 +246,7 @@ class Timeline:
 
     def _gauges(self) -> dict[str, int | None]:
         try:
-            with urllib.request.urlopen(self._url, timeout=5) as reply:
+            with urllib.request.urlopen(self._request, timeout=5) as reply:
                 text = reply.read().decode()
         except (urllib.error.URLError, OSError, http.client.HTTPException):
             return dict.fromkeys(GAUGES)

@@ -1,9 +1,10 @@
 """Hosts on one machine: network namespaces on a bridge, each with processes, files and an sshd of its own.
 
-A host is a process namespace whose first process keeps it alive: when that one is killed, everything on the host ends. `/root`, `/tmp`,
-`/srv`, `/run` and `/dev/shm` are private and in memory; below them the paths that the project needs (repository, Python, what
-the caller names) are mounted back in. Hosts know each other's names, ask no name server, and let in who has the operator's key.
-`sweep` removes what a run that was killed left behind. Root only; `why_not` says where the kernel forbids it.
+A host is a process namespace whose first process keeps it alive: when that one is killed, everything on the host ends.
+`/root`, `/tmp`, `/srv`, `/run` and `/dev/shm` are private and in memory; below them the paths that the project needs
+(repository, Python, what the caller names) are mounted back in. Hosts know each other's names, ask no name server, and let in
+who has the operator's key. `sweep` removes what a run that was killed left behind. Root only; `why_not` says where the kernel
+forbids it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ NETWORK = "10.77.0"
 # Each with the mode of its top.
 PRIVATE = {"/root": "700", "/tmp": "1777", "/srv": "755", "/run": "755", "/dev/shm": "1777"}
 PAUSE = "sleep 3600"
+SSHD = (
+    *("PidFile=none", "UsePAM=no", "UseDNS=no", "PasswordAuthentication=no", "KbdInteractiveAuthentication=no"),
+    *("PermitRootLogin=prohibit-password", "AuthorizedKeysFile=/root/.ssh/authorized_keys", "StrictModes=no"),
+    *("MaxStartups=100", "Subsystem='sftp internal-sftp'"),
+)
 TOOLS = ("ip", "unshare", "nsenter", "mount", "sshd", "ssh", "ssh-keygen", "rsync", "setpriv")
 
 
@@ -196,6 +202,7 @@ class Lan:
         for number, path in enumerate(self._keep):
             if any(path.is_relative_to(private) for private in PRIVATE):
                 lines += [f"mkdir -p {path}", f"mount --bind {stash}/{number} {path}"]
+        options = " ".join(f"-o {option}" for option in (f"ListenAddress={address}", *SSHD))
         lines += [
             "mount -t proc proc /proc",
             f"mount --bind {folder}/hosts /etc/hosts",
@@ -205,9 +212,7 @@ class Lan:
             "chmod 700 /root/.ssh",
             f"cp {folder}/key.pub /root/.ssh/authorized_keys",
             "chmod 600 /root/.ssh/authorized_keys",
-            f"/usr/sbin/sshd -f /dev/null -h {folder}/host_key -o ListenAddress={address} -o PidFile=none -o UsePAM=no -o UseDNS=no "
-            "-o PasswordAuthentication=no -o KbdInteractiveAuthentication=no -o PermitRootLogin=prohibit-password "
-            "-o AuthorizedKeysFile=/root/.ssh/authorized_keys -o StrictModes=no -o MaxStartups=100 -o Subsystem='sftp internal-sftp'",
+            f"/usr/sbin/sshd -f /dev/null -h {folder}/host_key {options}",
             f": > {folder}/{name}.ready",
             # The first process must reap what its host's daemons leave, and a shell does while it waits.
             f"while :; do {PAUSE} & wait $!; done",

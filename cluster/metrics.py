@@ -1,8 +1,8 @@
 """The metrics of our own processes, as Prometheus clients know them; names start with `tidepool_`.
 
-Definitions only: `serve_apps.gateway` counts, `/metrics` shows one replica's, `serve_apps.exporter` brings those of every replica to
-Ray's metrics agents. Labels are model ids from the configuration and HTTP statuses, never keys, users or anything a client can
-invent.
+Definitions only: `serve_apps.gateway` counts, `/metrics` shows one replica's, `serve_apps.exporter` brings those of every
+replica to Ray's metrics agents. Labels are model ids from the configuration and HTTP statuses, never keys, users or anything a
+client can invent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GatewayMetrics:
     def count(
         self, model: str, status: int, tokens: tuple[int, int, int], cost_usd: float, latency_s: float, ttft_s: float
     ) -> None:
-        """One request of an expected model is over. `tokens`: prompt, completion, cached; `ttft_s` 0 when there was no first byte."""
+        """One request of an expected model is over. `tokens`: prompt, completion, cached; `ttft_s` 0 without a first byte."""
         series = self._series[model]
         self.requests.labels(model, str(status)).inc()
         self.cost.labels(model).inc(cost_usd)

@@ -1,8 +1,9 @@
 """A training run's newest figures as gauges in Ray's metrics, for Prometheus.
 
-Ray's metrics agents forget a gauge that was not set for 20 s, and a step may take longer: a thread sets them again until the run is over.
-So the series of a run that waits for workers stay, and those of one that ended go. `tidepool_train_last_step_timestamp_seconds` is when
-the last step was told, which is how an alert sees that no more come. Made by `train.log`.
+Ray's metrics agents forget a gauge that was not set for 20 s, and a step may take longer: a thread sets them again until the
+run is over. So the series of a run that waits for workers stay, and those of one that ended go.
+`tidepool_train_last_step_timestamp_seconds` is when the last step was told, which is how an alert sees that no more come. Made
+by `train.log`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ class RunGauges:
     def show(self, line: dict[str, Any]) -> None:
         """The figures of a step, as they are in metrics.jsonl."""
         with self._lock:
-            self._values |= {key: line[key] for key in KEYS if line.get(key) is not None}
-            self._values[AT] = time.time()
+            self._values |= figures(line, time.time())
         self._push()
         if self._thread is None:
             self._thread = threading.Thread(target=self._repeat, name="gauges", daemon=True)
@@ -53,3 +53,8 @@ class RunGauges:
                 if key not in self._gauges:
                     self._gauges[key] = Gauge(f"tidepool_train_{key}", description=f"{key} of a training run", tag_keys=("run",))
                 self._gauges[key].set(value, tags=self._tags)
+
+
+def figures(line: dict[str, Any], now: float) -> dict[str, float]:
+    """What a line of metrics.jsonl, told at `now` (unix seconds), has for the gauges."""
+    return {key: float(line[key]) for key in KEYS if line.get(key) is not None} | {AT: now}

@@ -87,6 +87,7 @@ def _load_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ramp", type=float, default=0.0, help="seconds over which the streams start")
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--stamps", action="store_true", help="the fake engine's send times are in the text")
+    parser.add_argument("--certificate", help="file of the certificate to know an https server by")
     parser.set_defaults(run=_load)
 
 
@@ -179,7 +180,7 @@ def _load(args: argparse.Namespace) -> int:
     key = args.key if args.key is not None else os.environ.get("TIDEPOOL_BENCH_KEY", "")
     plan = LoadPlan(
         args.url.rstrip("/"), key, args.model, args.streams, args.requests, args.max_tokens, args.seed, args.words, args.api,
-        args.ramp, args.timeout, args.stamps,
+        args.ramp, args.timeout, args.stamps, args.certificate,
     )  # fmt: skip
     if min(plan.streams, plan.requests, plan.max_tokens) < 1:
         raise ConfigError("--streams, --requests and --max-tokens must be at least 1")

@@ -38,6 +38,7 @@ class Arm:
     model: str
     roots: Callable[[], dict[str, set[int]]]
     notes: dict[str, str] = field(default_factory=dict)
+    certificate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def running(names: list[str], places: Places, say: Callable[[str], None]) -> Ite
         if "ours" in names:
             endpoint = _our_endpoint(places, stack, say)
             model = endpoint.model(places.model)
-            found["ours"] = Arm("ours", endpoint.base_url, endpoint.api_key, model.id, _our_roots(places.endpoint))
+            roots, certificate = _our_roots(places.endpoint), endpoint.certificate
+            found["ours"] = Arm("ours", endpoint.base_url, endpoint.api_key, model.id, roots, certificate=certificate)
         else:
             model = read(places.endpoint).model(places.model)
 
@@ -118,10 +120,10 @@ def engine_env(model: Model) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")} | model.env
 
 
-def ready(url: str, key: str, model: str) -> Callable[[], bool]:
+def ready(url: str, key: str, model: str, certificate: str | None = None) -> Callable[[], bool]:
     """Ready is one generated token, not a process that listens."""
     body = b'{"model": "%b", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}' % model.encode()
-    return lambda: processes.answers(f"{url}/chat/completions", key, body)
+    return lambda: processes.answers(f"{url}/chat/completions", key, body, certificate)
 
 
 def roots_of(*servers: Server) -> Callable[[], dict[str, set[int]]]:
@@ -149,10 +151,8 @@ def _our_endpoint(places: Places, stack: contextlib.ExitStack, say: Callable[[st
     """The endpoint that is up, or one that is started here and stopped at the end."""
     with contextlib.suppress(ConfigError):
         endpoint = read(places.endpoint)
-        if processes.answers(f"{endpoint.root}/healthz"):
-            model = endpoint.model(places.model)
-            processes.wait_until(ready(endpoint.base_url, endpoint.api_key, model.id), None, "our endpoint", START_LIMIT_S)
-            return endpoint
+        if processes.answers(f"{endpoint.root}/healthz", certificate=endpoint.certificate):
+            return _answering(endpoint, places)
     command = [sys.executable, "-m", "cluster"]
     args = [str(places.config), *(part for override in places.overrides for part in ("--set", override))]
     say(f"starting our endpoint: python -m cluster up {' '.join(args)}")
@@ -170,7 +170,10 @@ def _our_endpoint(places: Places, stack: contextlib.ExitStack, say: Callable[[st
         )
     if done.returncode:
         raise LaunchError(f"`cluster up` ended with code {done.returncode}; {log}:\n{log.read_text(errors='replace')[-1500:]}")
-    endpoint = read(places.endpoint)
-    model = endpoint.model(places.model)
-    processes.wait_until(ready(endpoint.base_url, endpoint.api_key, model.id), None, "our endpoint", START_LIMIT_S)
+    return _answering(read(places.endpoint), places)
+
+
+def _answering(endpoint: Endpoint, places: Places) -> Endpoint:
+    asked = ready(endpoint.base_url, endpoint.api_key, endpoint.model(places.model).id, endpoint.certificate)
+    processes.wait_until(asked, None, "our endpoint", START_LIMIT_S)
     return endpoint

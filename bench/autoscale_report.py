@@ -1,7 +1,7 @@
 """The record of an autoscaling run as Markdown and as a plot: load, replicas and hosts over time. Called by `report`.
 
-`make test-cluster` writes the document when TIDEPOOL_TIMELINE names a file. Samples are taken twice a second (`t` in seconds); a value
-that could not be had is null, and a gap in the plot. Shows what the document holds.
+`make test-cluster` writes the document when TIDEPOOL_TIMELINE names a file. Samples are taken twice a second (`t` in seconds);
+a value that could not be had is null, and a gap in the plot. Shows what the document holds.
 """
 
 from __future__ import annotations

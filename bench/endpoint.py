@@ -28,12 +28,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running endpoint; `base_url` ends with `/v1`, `run_id` marks its processes."""
+    """A running endpoint; `base_url` ends with `/v1`, `run_id` marks its processes, `certificate` is the file to know it by."""
 
     base_url: str
     api_key: str
     models: tuple[Model, ...]
     run_id: str | None = None
+    certificate: str | None = None
 
     @property
     def root(self) -> str:
@@ -66,9 +67,8 @@ def read(path: Path) -> Endpoint:
             )
             for item in data["models"]
         )
-        return Endpoint(
-            str(data["base_url"]).rstrip("/").removesuffix("/v1") + "/v1", str(data["api_key"]), models, data.get("run_id")
-        )
+        url = str(data["base_url"]).rstrip("/").removesuffix("/v1") + "/v1"
+        return Endpoint(url, str(data["api_key"]), models, data.get("run_id"), data.get("certificate"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); `make up` writes it") from error
     except (ValueError, KeyError, TypeError) as error:

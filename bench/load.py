@@ -21,6 +21,7 @@ import aiohttp
 from bench.prompts import prompt
 from bench.sse import DONE, SseReader, has_token, sent_at
 from bench.stats import percentile
+from cluster import tls
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LoadPlan:
         ramp_s: The first requests start spread over this many seconds; 0 starts them together.
         timeout_s: A request that takes longer is a failure.
         stamps: The text carries send times (fake engine), so the delay of each chunk is measured.
+        certificate: The file to know an https server by.
     """
 
     url: str
@@ -54,6 +56,7 @@ class LoadPlan:
     ramp_s: float = 0.0
     timeout_s: float = 300.0
     stamps: bool = False
+    certificate: str | None = None
 
 
 @dataclass
@@ -154,7 +157,8 @@ async def drive(plan: LoadPlan) -> dict[str, Any]:
         for index in left:
             streams.append(await one(session, plan, index))  # noqa: PERF401 - a closed loop, one after the other
 
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+    trust = True if plan.certificate is None else tls.trust(plan.certificate)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=trust)
     timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
     cpu = time.process_time()
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import cpu
+from cluster import tls
 from cluster.errors import LaunchError
 
 MARKER = "TIDEPOOL_BENCH_SERVER"
@@ -91,13 +92,14 @@ def wait_until(ready: Callable[[], bool], server: Server | None, what: str, time
         time.sleep(0.2)
 
 
-def answers(url: str, key: str = "", body: bytes | None = None) -> bool:
-    """Whether a GET (or a POST of `body`) is answered with 200."""
+def answers(url: str, key: str = "", body: bytes | None = None, certificate: str | None = None) -> bool:
+    """Whether a GET (or a POST of `body`) is answered with 200; over TLS by the server that has this certificate."""
     request = urllib.request.Request(url, data=body, headers={"content-type": "application/json"})
     if key:
         request.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        trust = None if certificate is None else tls.trust(certificate)
+        with urllib.request.urlopen(request, timeout=30, context=trust) as response:
             response.read()
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError, ValueError):

@@ -40,6 +40,7 @@ def load_command(plan: LoadPlan) -> list[str]:
     argv = [sys.executable, "-m", "bench", "load", "--url", plan.url, "--model", plan.model, "--streams", str(plan.streams)]
     argv += ["--requests", str(plan.requests), "--max-tokens", str(plan.max_tokens), "--seed", str(plan.seed)]
     argv += ["--words", str(plan.words), "--api", plan.api, "--ramp", str(plan.ramp_s), "--timeout", str(plan.timeout_s)]
+    argv += ["--certificate", plan.certificate] if plan.certificate is not None else []
     return argv + (["--stamps"] if plan.stamps else [])
 
 

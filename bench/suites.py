@@ -73,6 +73,7 @@ def run(plan: SuitePlan, say: Callable[[str], None]) -> dict[str, Any]:
                     seed,
                     words,
                     plan.api,
+                    certificate=arm.certificate,
                 )
                 if plan.load == "vllm":
                     result = vllm_load.run(arm, load, number, str(model.engine_kwargs["model"]), plan.prompt_tokens)
@@ -117,7 +118,8 @@ def _calibrate(arm: Arm, plan: SuitePlan) -> int:
     """Words per prompt, from two probes of the running server."""
 
     def probe(words: int) -> tuple[int, int]:
-        asked = LoadPlan(arm.url, arm.key, arm.model, 1, 4, plan.max_tokens, 7 * plan.seed + words, words, plan.api)
+        seed = 7 * plan.seed + words
+        asked = LoadPlan(arm.url, arm.key, arm.model, 1, 4, plan.max_tokens, seed, words, plan.api, certificate=arm.certificate)
         result = rounds.run_load(arm, asked, 0)
         if result["failures"]:
             raise LaunchError(f"{arm.name}: the probe failed: {result['failure_reasons']}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from cluster import tls
 from cluster.errors import LaunchError, StoreError
 from cluster.records import KeySpec
 
@@ -163,17 +164,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def endpoint(run_dir: Path) -> tuple[str, str]:
-    """Root URL of the gateway (no `/v1`) and the admin key; the environment goes before the file.
+def endpoint(run_dir: Path) -> tuple[str, str, str | None]:
+    """Root URL of the gateway (no `/v1`), the admin key, and the file of the certificate that `endpoint.json` names, if any.
+
+    The environment goes before the file.
 
     Raises:
         LaunchError: neither says them.
     """
     base_url, admin_key = os.environ.get("TIDEPOOL_BASE_URL"), os.environ.get("TIDEPOOL_ADMIN_KEY")
+    certificate = None
     if not base_url or not admin_key:
         path = run_dir / "endpoint.json"
         try:
             found = json.loads(path.read_text())
+            certificate = None if base_url else found.get("certificate")
             base_url, admin_key = base_url or found["base_url"], admin_key or found["admin_key"]
         except FileNotFoundError:
             text = f"{path}: not there; is the cluster up? Give --run-dir, or TIDEPOOL_BASE_URL and TIDEPOOL_ADMIN_KEY"
@@ -185,17 +190,20 @@ def endpoint(run_dir: Path) -> tuple[str, str]:
     base_url = str(base_url)
     if urlsplit(base_url).scheme not in ("http", "https"):
         raise LaunchError(f"{base_url}: the base URL must begin with http:// or https://")
-    return base_url.rstrip("/").removesuffix("/v1"), str(admin_key)
+    return base_url.rstrip("/").removesuffix("/v1"), str(admin_key), certificate
 
 
 def _call(args: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """One request to the gateway. Raises LaunchError when it cannot be reached, StoreError when it refuses."""
-    root, admin_key = endpoint(args.run_dir)
+    root, admin_key, certificate = endpoint(args.run_dir)
     headers = {"authorization": f"Bearer {admin_key}", "content-type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
     local = urlsplit(root).hostname in ("127.0.0.1", "localhost", "::1")
     # A proxy of the environment cannot reach this machine's loopback.
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})] if local else []
+    if certificate is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=tls.trust(certificate)))
+    opener = urllib.request.build_opener(*handlers)
     try:
         request = urllib.request.Request(root + path, data, headers, method=method)
         with opener.open(request, timeout=_TIMEOUT_S) as response:

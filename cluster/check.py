@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import embedded, preflight, processes
+from cluster import embedded, preflight, processes, tls
 from cluster.config import EMBEDDED_PREFIX, Config, ModelConfig
 from cluster.session import DEFAULT_CPUS, session_of
 
@@ -47,9 +47,10 @@ def plan(config: Config) -> list[str]:
     """One line per thing that would run."""
     node = config.node
     ports = ", ".join(f"{name.removeprefix('node.')} {port}" for name, (_, port) in preflight.addresses(node).items())
+    scheme = "http" if node.tls is None else "https"
     gpus_told = "as found" if node.num_gpus is None else f"{node.num_gpus:g}"
     lines = [
-        f"endpoint   http://{node.host}:{node.port}/v1, {config.gateway.replicas} gateway replica(s)",
+        f"endpoint   {scheme}://{node.host}:{node.port}/v1, {config.gateway.replicas} gateway replica(s)",
         f"ray        {node.num_cpus or DEFAULT_CPUS:g} logical CPUs, GPUs {gpus_told}; {ports}",
     ]
     for model in config.models:
@@ -107,7 +108,10 @@ def machine_warnings(config: Config, gpus: int) -> list[str]:
     if busy > declared and not lines:
         lines.append(f"the smallest number of replicas takes {busy} GPU(s) together, this machine has {declared}")
     if not preflight.is_loopback(config.node.host):
-        lines.append(f"node.host: {config.node.host} opens the endpoint and Ray's ports to the network, without TLS")
+        open_ = "opens the endpoint and Ray's ports to the network"
+        plain = ", the endpoint without TLS; set node.tls, or put something with TLS in front" if config.node.tls is None else ""
+        lines.append(f"node.host: {config.node.host} {open_}{plain}")
+    lines += [str(finding) for finding in tls.findings(config.node.tls) if finding.level == "warning"]
     return lines
 
 

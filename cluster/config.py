@@ -11,18 +11,27 @@ argument names (`tensor_parallel_size`, `quantization`, `enable_lora`, ...), che
 from __future__ import annotations
 
 import re
+import urllib.parse
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster import secrecy
 from cluster.errors import ConfigError
 from cluster.sections import Section
 from cluster.train_config import TrainConfig, TuneConfig
 
 EMBEDDED_PREFIX = "embedded:"
 MODEL_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
+
+
+class TlsConfig(Section):
+    """The endpoint's certificate, as two files on every node that runs HAProxy; see `tls`."""
+
+    certificate: str = Field(description="PEM file: the certificate, then the chain up to its authority.")
+    key: str = Field(description="PEM file of its private key, for its owner only.")
 
 
 class NodeConfig(Section):
@@ -40,12 +49,20 @@ class NodeConfig(Section):
     object_store_mb: int = Field(200, ge=80, description="Ray's shared-memory object store, MiB.")
     min_free_memory_mb: int = Field(4096, ge=0, description="`up` refuses to start with less available memory, MiB.")
     proxies: Literal["every_node", "head_only"] = Field("every_node", description="Where HAProxy runs.")
+    tls: TlsConfig | None = Field(None, description="The endpoint speaks HTTPS with this certificate, and HTTP no more.")
 
 
 class StoreConfig(Section):
     """Where keys, usage and jobs are kept."""
 
     url: str | None = Field(None, description="SQLAlchemy URL; default SQLite in the run directory of the head.")
+
+    @field_validator("url")
+    @classmethod
+    def _without_password(cls, value: str | None) -> str | None:
+        if value is not None and secrecy.in_url(value):
+            raise ValueError(f"it holds a password; leave that out, {secrecy.HOW_DATABASE}")
+        return value
 
 
 class AdmissionConfig(Section):
@@ -69,6 +86,25 @@ class GatewayConfig(Section):
     admission: AdmissionConfig = AdmissionConfig()
 
 
+class TracingConfig(Section):
+    """OpenTelemetry traces of requests, gateway and engine; none without `endpoint`."""
+
+    endpoint: str | None = Field(None, description="OTLP over HTTP, such as http://collector:4318/v1/traces.")
+    sample: float = Field(1.0, ge=0, le=1, description="Part of the requests; a client's traceparent decides for its own.")
+    max_queued: int = Field(2048, ge=1, description="Spans that may wait per gateway replica; more are dropped.")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urllib.parse.urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.strip("/"):
+                raise ValueError("write the whole URL, such as http://collector:4318/v1/traces")
+            if parts.username or parts.query:
+                raise ValueError("keep secrets out of it; set OTEL_EXPORTER_OTLP_TRACES_HEADERS in the environment of `up`")
+        return value
+
+
 class Price(Section):
     """US dollars per million tokens."""
 
@@ -88,6 +124,8 @@ class AutoscalingConfig(Section):
     upscale_delay_s: float = Field(5.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
     downscale_to_zero_delay_s: float = Field(600.0, ge=0)
+    max_kv_use: float = Field(0.9, gt=0, le=1, description="A fuller KV cache is too much work, whatever the requests.")
+    target_ttft_s: float | None = Field(None, gt=0, description="A longer time to first token in the engines is, too.")
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscalingConfig:
@@ -133,6 +171,14 @@ class ModelConfig(Section):
                 raise ValueError(f"{name!r}: use letters, digits, '.', '_', '-' and at most one '/'")
         return value
 
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if secrecy.names_secret(name):
+                raise ValueError(f"{name}: a secret does not belong here; {secrecy.HOW}")
+        return value
+
     @field_validator("engine_kwargs")
     @classmethod
     def _reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +186,8 @@ class ModelConfig(Section):
         for name, instead in ours.items():
             if name in value:
                 raise ValueError(f"{name!r} is set by {instead}; remove it from engine_kwargs")
+        if isinstance(value.get("hf_token"), str):
+            raise ValueError(f"'hf_token' is a secret and does not belong here; {secrecy.HOW}")
         return value
 
     @property
@@ -180,6 +228,7 @@ class Config(Section):
     node: NodeConfig = NodeConfig()
     store: StoreConfig = StoreConfig()
     gateway: GatewayConfig = GatewayConfig()
+    tracing: TracingConfig = TracingConfig()
     models: tuple[ModelConfig, ...] = ()
     train: TrainConfig | None = Field(None, description="A training run: `python -m train sft`.")
     tune: TuneConfig | None = Field(None, description="A search over it: `python -m train tune`.")
@@ -190,6 +239,13 @@ class Config(Section):
             raise ValueError("write at least one of 'models' (to serve) and 'train' (to train)")
         if self.tune is not None and self.train is None:
             raise ValueError("'tune' searches over 'train', which is missing")
+        return self
+
+    @model_validator(mode="after")
+    def _traceable(self) -> Config:
+        for number, model in enumerate(self.models):
+            if self.tracing.endpoint and model.engine_kwargs.get("disable_log_stats"):
+                raise ValueError(f"models.{number}.engine_kwargs.disable_log_stats: vLLM's traces need its figures; remove it")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import subprocess
 import sys
 import time
@@ -43,14 +44,21 @@ class Answer:
         return value if isinstance(value, dict) else {}
 
 
-def call(url: str, *, token: str | None = None, body: dict[str, Any] | None = None, timeout_s: float = 10.0) -> Answer:
-    """GET, or PUT when there is a body. Connection errors are an answer with status 0."""
+def call(
+    url: str,
+    *,
+    token: str | None = None,
+    body: dict[str, Any] | None = None,
+    timeout_s: float = 10.0,
+    trust: ssl.SSLContext | None = None,
+) -> Answer:
+    """GET, or PUT when there is a body; `trust` is `tls.trust`'s. Connection errors are an answer with status 0."""
     headers = {"Content-Type": "application/json"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=headers, method="GET" if body is None else "PUT")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
     try:
         with opener.open(request, timeout=timeout_s) as reply:
             return Answer(reply.status, reply.read())
@@ -88,9 +96,8 @@ def deploy(config: Config, serve_config: dict[str, Any], token: str, say: Say, l
     url = f"http://127.0.0.1:{config.node.dashboard_port}/api/serve/applications/"
     answer = _put(url, token, serve_config)
     if answer.status != 200:
-        raise LaunchError(
-            f"Serve refused the configuration ({answer.status}): {first_line(answer.body.decode(errors='replace'))}"
-        )
+        why = cause({"message": answer.body.decode(errors="replace")})
+        raise LaunchError(f"Serve refused the configuration ({answer.status}): {why}")
     wanted = [app["name"] for app in serve_config["applications"]]
     told: dict[str, str] = {}
     deadline = time.monotonic() + DEPLOY_LIMIT_S
@@ -112,7 +119,7 @@ def deploy(config: Config, serve_config: dict[str, Any], token: str, say: Say, l
     raise LaunchError(f"{', '.join(waiting)} did not start within {DEPLOY_LIMIT_S:.0f} s; logs: {logs}")
 
 
-def wait_ready(base_url: str, say: Say, logs: Path, limit_s: float = 600.0) -> None:
+def wait_ready(base_url: str, say: Say, logs: Path, limit_s: float = 600.0, trust: ssl.SSLContext | None = None) -> None:
     """Wait for the gateway's `/readyz` to say that every model that should be awake has generated a token.
 
     Raises:
@@ -122,7 +129,7 @@ def wait_ready(base_url: str, say: Say, logs: Path, limit_s: float = 600.0) -> N
     told = ""
     answer = Answer(0, b"")
     while time.monotonic() < deadline:
-        answer = call(f"{base_url}/readyz", timeout_s=30.0)
+        answer = call(f"{base_url}/readyz", timeout_s=30.0, trust=trust)
         if answer.status == 200:
             return
         shown = first_line(answer.body.decode(errors="replace")) if answer.status else "no answer yet"

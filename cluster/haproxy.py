@@ -8,7 +8,7 @@ What changes: statistics and metrics listen on 127.0.0.1, the admin socket is it
 check is answered, every error is JSON in the one wire shape with its own status, headers over 16 KiB, unknown methods and
 WebSockets are refused, headers that Serve would stumble over are dropped, a half-sent header is given up with a 408, and the
 per-request access log is off. A request that a gateway died with is sent to another (`RETRIED` routes only). Ports, backends and
-health checks stay as Ray writes them.
+health checks stay as Ray writes them. With a certificate the public port speaks TLS 1.2 and 1.3 and nothing else.
 Bytes that never become a request (not HTTP, half a header, headers over the buffer) get 400 or 408 with a page that is compiled
 into HAProxy's parser; no setting of 2.8 reaches it.
 
@@ -29,6 +29,10 @@ from pathlib import Path
 
 ERRORS_DIR_VARIABLE = "TIDEPOOL_HAPROXY_ERRORS"
 BINARY_VARIABLE = "TIDEPOOL_HAPROXY_BINARY"
+# Paths of the endpoint's certificate and key; what they hold is read again at every reload, so that a renewed one is taken.
+CERTIFICATE_VARIABLE = "TIDEPOOL_TLS_CERTIFICATE"
+KEY_VARIABLE = "TIDEPOOL_TLS_KEY"
+TLS_OPTIONS = "ssl-min-ver TLSv1.2 ciphers ECDHE+AESGCM:ECDHE+CHACHA20 alpn http/1.1"
 HEADER_TIMEOUT_S = 30
 HEADER_BYTES = 16384
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -71,12 +75,13 @@ _EDGE_RULES = [
 _RETRY_RULE = f"    http-request disable-l7-retry if !{{ path {' '.join('/v1/' + route for route in RETRIED)} }}"
 
 
-def harden(text: str, errors_dir: str) -> str:
+def harden(text: str, errors_dir: str, pem: str | None = None) -> str:
     """Ray's configuration, rewritten as the module says. Applying it twice changes nothing more.
 
     Args:
         text: A configuration rendered by Ray Serve.
         errors_dir: Folder that holds `<status>.http` for every status of `ERRORS`.
+        pem: File with certificate and key for the public port; None is plain HTTP.
     """
     out: list[str] = []
     in_frontend = False
@@ -96,6 +101,8 @@ def harden(text: str, errors_dir: str) -> str:
             line = "    retry-on conn-failure empty-response"
         line = re.sub(r"^(\s*stats socket \S+) mode \d+", r"\1 mode 600", line)
         line = _plain_text_to_error(line)
+        if in_frontend and words[:1] == ["bind"] and pem is not None and "ssl" not in words:
+            line = f"{line} ssl crt {pem} {TLS_OPTIONS}"
         out.append(line)
         if words == ["frontend", "http_frontend"]:
             in_frontend = True
@@ -189,6 +196,31 @@ def with_backends(text: str, kept: Path) -> str:
     return text.replace(nothing.format(404), nothing.format(503))
 
 
+def take_certificate(folder: Path, certificate: str, key: str) -> Path:
+    """Write what HAProxy serves, `endpoint.pem` with the key in it, and `endpoint.crt` without for our own clients.
+
+    Returns the first, whether or not it was written.
+
+    A pair that HAProxy would refuse leaves what is there: who renews a certificate writes two files, one after the other, and a
+    reload between them must not end the endpoint.
+    """
+    import ssl
+
+    pem = folder / "endpoint.pem"
+    try:
+        public, private = Path(certificate).read_text().rstrip(), Path(key).read_text().rstrip()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, "")
+    except OSError as error:
+        print(f"tidepool: the certificate is not taken: {type(error).__name__}: {error}", file=sys.stderr)
+        return pem
+    for path, text in ((pem, f"{public}\n{private}\n"), (folder / "endpoint.crt", f"{public}\n")):
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        fresh.replace(path)
+    return pem
+
+
 def take_over(config: Path, binary: str, proc: Path = Path("/proc")) -> list[str]:
     """Arguments that make a new HAProxy take the sockets of one whose manager died; empty when there is none.
 
@@ -224,7 +256,11 @@ def main(arguments: list[str]) -> None:
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
         text = path.read_text()
-        served = with_backends(harden(text, os.environ[ERRORS_DIR_VARIABLE]), path.with_name("last.cfg"))
+        certificate, pem = os.environ.get(CERTIFICATE_VARIABLE), None
+        if certificate:
+            pem = take_certificate(Path(os.environ[ERRORS_DIR_VARIABLE]).parent, certificate, os.environ[KEY_VARIABLE])
+        hardened = harden(text, os.environ[ERRORS_DIR_VARIABLE], None if pem is None else str(pem))
+        served = with_backends(hardened, path.with_name("last.cfg"))
         if served != text:
             path.write_text(served)
         if "-sf" not in arguments and "-c" not in arguments:

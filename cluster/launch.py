@@ -1,4 +1,4 @@
-"""`up`, `down` and `status`: the life of one cluster on this machine.
+"""`up` and `down`: the life of one cluster on this machine.
 
 `up` goes preflight, Ray head, store and keys, Serve applications, ready, and leaves `endpoint.json`; whatever stops it on the way
 (an error, Ctrl-C) stops everything it started. `down` finds the processes by the mark in their environment, not by what a file
@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from cluster import deploy, preflight, processes
+from cluster import deploy, preflight, processes, tls
 from cluster.config import Config
 from cluster.errors import LaunchError
 from cluster.session import Session, environment, read_json, session_of, start_command
-from cluster.steps import clock, digest, node_digest, root_url, run_step, serve, write_state
+from cluster.steps import clock, digest, node_digest, run_step, serve, write_state
 
 Say = Callable[[str], None]
 
@@ -83,25 +83,6 @@ def down(session: Session, out: Say) -> int:
     return 0
 
 
-def status(config: Config, out: Say) -> int:
-    """Print one screen: processes, applications, readiness, endpoint. Returns 0 when it serves, else 1."""
-    session = session_of(config)
-    alive = processes.marked(session.run_dir)
-    out(f"run directory  {session.run_dir}")
-    out(f"processes      {len(alive)}")
-    if not alive:
-        return 1
-    for model, line in _applications(config, session):
-        out(f"application    {model}: {line}")
-    answer = deploy.call(f"{root_url(config)}/readyz", timeout_s=10.0)
-    shown = " ".join(answer.body.decode(errors="replace").split())[:400] if answer.status else "no answer"
-    out(f"ready          {'yes' if answer.status == 200 else 'no'}  {shown}")
-    endpoint = read_json(session.endpoint)
-    if endpoint is not None:
-        out(f"endpoint       {endpoint['base_url']}  (keys: {session.endpoint})")
-    return 0 if answer.status == 200 else 1
-
-
 def _start(
     config: Config, config_path: Path, overrides: Sequence[str], session: Session, run_id: str, out: Say, say: Say
 ) -> None:
@@ -139,16 +120,9 @@ def _serves(config: Config, session: Session) -> bool:
     if state is None or endpoint is None or state.get("run_id") != endpoint.get("run_id"):
         return False
     root = str(endpoint.get("base_url", "")).removesuffix("/v1")
-    return deploy.call(f"{root}/readyz", timeout_s=30.0).status == 200
-
-
-def _applications(config: Config, session: Session) -> Iterator[tuple[str, str]]:
-    if not session.token.exists():
-        return
-    url = f"http://127.0.0.1:{config.node.dashboard_port}/api/serve/applications/"
-    apps = deploy.call(url, token=session.token.read_text()).json().get("applications", {})
-    for name, app in sorted(apps.items()):
-        yield name, deploy.describe(app)
+    certificate = endpoint.get("certificate")
+    trusted = tls.trust(str(certificate)) if certificate else None
+    return deploy.call(f"{root}/readyz", timeout_s=30.0, trust=trusted).status == 200
 
 
 def _greet(config: Config, session: Session, out: Say) -> None:
@@ -157,9 +131,11 @@ def _greet(config: Config, session: Session, out: Say) -> None:
     path, body = "chat/completions", {"model": model.id, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
     if model.task == "embed":
         path, body = "embeddings", {"model": model.id, "input": "Hello"}
+    # Right where the certificate names this address; elsewhere the address in the line must be one that it names.
+    cacert = f"--cacert {config.node.tls.certificate} " if config.node.tls else ""
     out(f"\nendpoint  {endpoint.get('base_url')}\nkeys      {session.endpoint}\n")
     out(
-        f"curl {endpoint.get('base_url')}/{path} \\\n  -H 'Authorization: Bearer {endpoint.get('api_key')}' \\\n"
+        f"curl {cacert}{endpoint.get('base_url')}/{path} \\\n  -H 'Authorization: Bearer {endpoint.get('api_key')}' \\\n"
         f"  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'\n"
     )
 

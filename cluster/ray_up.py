@@ -34,7 +34,7 @@ def up(path: Path, out: Say) -> int:
         ConfigError: the manifest has mistakes, one line each; nothing was started.
         LaunchError: a host does not answer, or the head did not start; a head that was not there before is gone again.
     """
-    described = manifest.load(path)
+    described = manifest.load_to_start(path)
     _all_answer(described)
     if make_token():
         out(f"made the cluster's token, {TOKEN.expanduser()}")
@@ -62,10 +62,18 @@ def down(path: Path, out: Say) -> int:
 
 
 def on_head(path: Path, command: str, options: Sequence[str] = ()) -> int:
-    """Run `python -m cluster <command>` on the head, with the configuration it was started with. Returns its exit status."""
-    line = head_line(manifest.load(path), command)
-    words = [*manifest.ray_command("exec"), "--no-config-cache", str(path), " ".join([line, *map(shlex.quote, options)])]
-    return subprocess.run(words, env=environment(), check=False).returncode
+    """Run `python -m cluster <command>` on the head, with the configuration it was started with. Returns its exit status.
+
+    Raises:
+        LaunchError: there is no head.
+    """
+    line = " ".join([head_line(manifest.load(path), command), *map(shlex.quote, options)])
+    found = subprocess.run(
+        [*manifest.ray_command("get-head-ip"), str(path)], env=environment(), capture_output=True, text=True, check=False
+    )
+    if found.returncode != 0:
+        raise LaunchError(f"{path}: no head of this cluster runs ({_reason(found.stdout + found.stderr)}); `up` starts it")
+    return subprocess.run([*manifest.ray_command("exec"), str(path), line], env=environment(), check=False).returncode
 
 
 def head_line(described: dict[str, Any], command: str) -> str:
@@ -118,12 +126,12 @@ def _all_answer(described: dict[str, Any]) -> None:
     with ThreadPoolExecutor(max_workers=32) as threads:
         reasons = list(threads.map(lambda host: pool.unreachable(provider, host.address), expected))
     silent = [
-        f"  {host.address} ({host.node_type}) does not answer SSH: {reason}; start it, or take it out of provider.hosts"
+        f"{host.address} ({host.node_type}) does not answer SSH: {reason}; start it, or take it out of provider.hosts"
         for host, reason in zip(expected, reasons, strict=True)
         if reason is not None
     ]
     if silent:
-        raise LaunchError("cannot start:\n" + "\n".join(silent))
+        raise LaunchError("cannot start: " + (silent[0] if len(silent) == 1 else "".join(f"\n  {line}" for line in silent)))
 
 
 def _run(command: list[str], out: Say) -> tuple[str, int]:
@@ -148,4 +156,5 @@ def _reason(told: str) -> str:
     """The line of Ray's output that says most: one of ours, else the last."""
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith(("error:", "cannot start"))]
+    ours = ours or [line for line in lines if line.startswith("Error message: ")]
     return (ours or lines or ["it said nothing"])[-1][:400]

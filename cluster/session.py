@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import haproxy
+from cluster import haproxy, metrics_guard
 from cluster.config import Config
 from cluster.database import default_url
 from cluster.errors import LaunchError
@@ -63,13 +63,23 @@ class Session:
         return self.run_dir / "ray_token"
 
     @property
+    def metrics_token(self) -> Path:
+        """What Prometheus asks every metrics port with, mode 0600; made from Ray's token."""
+        return self.run_dir / "metrics_token"
+
+    @property
+    def certificate(self) -> Path:
+        """The certificate that HAProxy serves, without its key; there only with `node.tls`."""
+        return self.run_dir / "h" / "endpoint.crt"
+
+    @property
     def logs(self) -> Path:
         """The newest Ray session's logs, by a path that outlives the short link."""
         latest = self.run_dir / "ray" / "session_latest"
         return latest.with_name(os.path.basename(os.readlink(latest)) if latest.is_symlink() else latest.name) / "logs"
 
     def prepare(self, token: str | None = None) -> None:
-        """Make the folders, the link, the token, HAProxy's wrapper and error files.
+        """Make the folders, the link, the tokens, HAProxy's wrapper and error files, the guard of metrics.
 
         Args:
             token: The cluster's token, for a node of several; a machine on its own makes one.
@@ -95,13 +105,16 @@ class Session:
             # Logs of one session back stay, or they would fill the disk.
             if old != self.logs.parent:
                 shutil.rmtree(old, ignore_errors=True)
-        write_private(self.token, token or secrets.token_hex(32))
+        token = token or secrets.token_hex(32)
+        write_private(self.token, token)
+        write_private(self.metrics_token, metrics_guard.metrics_token(token))
+        metrics_guard.install(self.run_dir / "h" / "python")
         haproxy.write_errors(self.run_dir / "h" / "errors")
         haproxy.write_wrapper(self.run_dir / "h" / "haproxy")
 
     def unlink(self) -> None:
         """Remove what only a running cluster needs: the short link, sockets, temporary files, token, endpoint and state."""
-        for path in (self.endpoint, self.state, self.token):
+        for path in (self.endpoint, self.state, self.token, self.metrics_token):
             path.unlink(missing_ok=True)
         for name in ("h", "tmp", "ipc"):
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
@@ -146,6 +159,8 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         "TIDEPOOL_STORE_URL": store_url(config, session),
         CACHE_VARIABLE: str(model_cache(session)),
         "SPT_NOENV": "1",
+        # Ray's daemons import what `metrics_guard` put there.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(short / "h" / "python"), os.environ.get("PYTHONPATH")))),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
         # Ray.
@@ -164,6 +179,7 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.edge:middlewares",
         # Serve looks at everything ten times a second and exports metrics as often: a tenth of a core on a machine with two.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
@@ -210,6 +226,9 @@ def environment(config: Config, session: Session, run_id: str) -> dict[str, str]
         "TMPDIR": str(short / "tmp"),
         "RAY_TMPDIR": str(short / "tmp"),
     }
+    if node.tls is not None:
+        environ[haproxy.CERTIFICATE_VARIABLE] = str(Path(node.tls.certificate).expanduser().resolve())
+        environ[haproxy.KEY_VARIABLE] = str(Path(node.tls.key).expanduser().resolve())
     if is_loopback(node.host):
         # Ray turns 127.0.0.1 into the machine's own address unless told that there is one machine only.
         environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import deploy, preflight
+from cluster import deploy, haproxy, preflight, tls
 from cluster.config import EMBEDDED_PREFIX, Config, ModelConfig
 from cluster.errors import LaunchError
 from cluster.session import Session, model_cache, read_json, store_url, write_private
@@ -74,7 +76,7 @@ def serve(
         say(text)
 
     deploy.deploy(config, serve_config, session.token.read_text(), told, session.logs)
-    deploy.wait_ready(root_url(config), told, session.logs)
+    deploy.wait_ready(root_url(config), told, session.logs, trust=trust(config, session))
     endpoint = {
         "base_url": f"{root_url(config, host)}/v1",
         "api_key": keys["api_key"],
@@ -82,6 +84,8 @@ def serve(
         "run_id": run_id,
         "models": models,
     }
+    if config.node.tls is not None:
+        endpoint["certificate"] = str(session.certificate)
     write_private(session.endpoint, json.dumps(endpoint, indent=2) + "\n")
     write_private(session.keys, json.dumps({**keys, "admin_key_shown": True}, indent=2) + "\n")
     state = {**(read_json(session.state) or {}), "digest": digest(config), "config": str(config_path)}
@@ -131,9 +135,9 @@ def credentials(config: Config, session: Session, environ: dict[str, str]) -> di
 
 def run_step(command: list[str], environ: dict[str, str], session: Session, failed: str, text: str = "") -> str:
     """Run a step in a session of its own, so that Ctrl-C reaches `up` alone; returns its standard output."""
-    log, answer = session.run_dir / "up.log", session.run_dir / "tmp" / "answer"
-    # Files, not pipes: daemons that inherit a pipe would keep its reader waiting.
-    with log.open("ab") as errors, answer.open("w+b") as output:
+    log = session.run_dir / "up.log"
+    # Files, not pipes: daemons that inherit a pipe would keep its reader waiting. Steps of two commands may run at the same time.
+    with log.open("ab") as errors, tempfile.TemporaryFile(dir=session.run_dir / "tmp") as output:
         process = subprocess.Popen(
             command,
             env=environ,
@@ -158,7 +162,22 @@ def root_url(config: Config, host: str | None = None) -> str:
     """Address of the endpoint; `host` instead of the one that this machine reaches itself by."""
     host = host or config.node.host
     host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{config.node.port}"
+    return f"{'http' if config.node.tls is None else 'https'}://{host}:{config.node.port}"
+
+
+def trust(config: Config, session: Session) -> ssl.SSLContext | None:
+    """What a call of ours to `root_url` knows the endpoint by; None for plain HTTP.
+
+    Raises:
+        LaunchError: the certificate cannot be used.
+    """
+    files = config.node.tls
+    if files is None:
+        return None
+    if not session.certificate.exists():  # HAProxy's wrapper keeps it; before its first start there is none
+        paths = (str(Path(path).expanduser().resolve()) for path in (files.certificate, files.key))
+        haproxy.take_certificate(session.certificate.parent, *paths)
+    return tls.trust(session.certificate)
 
 
 def digest(config: Config) -> str:

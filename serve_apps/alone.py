@@ -17,6 +17,7 @@ from cluster.config import Config, ModelConfig
 from cluster.database import default_url
 from cluster.records import KeySpec
 from cluster.store import Store
+from serve_apps import tracing
 from serve_apps.fleet import Counts, Fleet
 from serve_apps.gateway import Gateway
 from serve_apps.replicas import FixedReplicas
@@ -48,7 +49,8 @@ def make(config: Config, engines: Engines, store: Store) -> Gateway:
         return FixedReplicas(engines.urls[model.id])
 
     fleet = Fleet(count, engines.gateways)
-    return Gateway(config.gateway, config.models, replicas, LocalStore(store), engines.secret, fleet, echo_request_id=True)
+    traces = tracing.tracer(config.tracing)
+    return Gateway(config.gateway, config.models, replicas, LocalStore(store), engines.secret, fleet, True, traces)
 
 
 def run(config: Config, engines: Engines, key: str, store_url: str | None = None) -> None:

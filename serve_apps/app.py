@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import Config, GatewayConfig, ModelConfig
+from cluster.config import Config, GatewayConfig, ModelConfig, TracingConfig
+from serve_apps import tracing
 
 if TYPE_CHECKING:
     from ray import serve
@@ -25,9 +26,11 @@ ELSEWHERE = os.path.expanduser("~/.tidepool")
 
 def serve_config(config: Config) -> dict[str, Any]:
     """Serve's declarative configuration, as plain data."""
-    models = [_placed(model).model_dump(mode="json", exclude_defaults=True) for model in config.models]
+    placed = [tracing.for_engine(_placed(model), config.tracing) for model in config.models]
+    models = [model.model_dump(mode="json", exclude_defaults=True) for model in placed]
     gateway_args = {
         "gateway": config.gateway.model_dump(mode="json", exclude_defaults=True),
+        "tracing": config.tracing.model_dump(mode="json", exclude_defaults=True),
         "models": models,
     }
     applications: list[dict[str, Any]] = [
@@ -63,7 +66,7 @@ def engine(args: dict[str, Any]) -> serve.Application:
 
 
 def gateway(args: dict[str, Any]) -> serve.Application:
-    """Serve's builder of the gateway. `args`: `{"gateway": GatewayConfig, "models": [ModelConfig]}`."""
+    """Serve's builder of the gateway. `args`: `{"gateway": GatewayConfig, "tracing": TracingConfig, "models": [ModelConfig]}`."""
     from ray import serve
 
     config = GatewayConfig.model_validate(args.get("gateway", {}))
@@ -93,7 +96,7 @@ class GatewayServer:
     async def __serve_build_asgi_app__(self) -> Any:
         import asyncio
 
-        from cluster import store_actor
+        from cluster import metrics_guard, store_actor
         from cluster.database import default_url
         from serve_apps import exporter
         from serve_apps.fleet import Fleet, serve_counts
@@ -112,10 +115,12 @@ class GatewayServer:
             secret=await actor.internal_secret.remote(),
             fleet=Fleet(serve_counts(models)),
             echo_request_id=False,
+            tracer=tracing.tracer(TracingConfig.model_validate(self._args.get("tracing", {}))),
+            metrics_token=metrics_guard.token_here(),
         )
         await self._gateway.start()
         mirror = exporter.gateway_mirror(self._gateway.metrics.registry)
-        self._export = asyncio.create_task(exporter.run(self._gateway.measure, mirror.push))
+        self._export = asyncio.gather(exporter.run(self._gateway.measure, mirror.push), exporter.watch_nodes())
         return self._gateway
 
     async def __del__(self) -> None:

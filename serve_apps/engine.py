@@ -17,6 +17,7 @@ import os
 import signal
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from ray import serve
@@ -29,8 +30,10 @@ from cluster import store_actor
 from cluster.config import EMBEDDED_PREFIX, ModelConfig
 from cluster.errors import ApiError
 from serve_apps import exporter, metering
+from serve_apps.engine_load import EngineLoad
 from serve_apps.lifeline import CPU_NICE, NICE_VARIABLE
-from serve_apps.wire import SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PATH, send_error
+from serve_apps.serve_policy import scaling_config
+from serve_apps.wire import QUEUED_HEADER, SECRET_HEADER, USAGE_COMMENT, USAGE_HEADER, USAGE_PATH, send_error
 
 log = logging.getLogger("ray.serve")
 HEALTH_PERIOD_S = 2.0
@@ -49,6 +52,7 @@ class EngineServer(LLMServer):  # type: ignore[misc]  # ray is not typed
     async def __init__(self, llm_config: LLMConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._model = ModelConfig.model_validate(llm_config.experimental_configs[OURS])
         self._meter = metering.Meter()
+        self._load = EngineLoad(self._meter)
         self._client: Any = None
         source = self._model.source
         if source.startswith(EMBEDDED_PREFIX):
@@ -66,8 +70,13 @@ class EngineServer(LLMServer):  # type: ignore[misc]  # ray is not typed
         app = await super().__serve_build_asgi_app__()
         self._client = app.state.engine_client
         metering.attach(self._client, self._meter)
-        self._export = asyncio.create_task(exporter.run(exporter.engine_mirror(self._model.id).push))
-        return Guard(app, await store_actor.attach().internal_secret.remote())
+        speed = exporter.Speed(self._model.id, lambda: self._meter.tokens)
+        self._export = asyncio.create_task(exporter.run(exporter.engine_mirror(self._model.id).push, speed.push))
+        return Guard(app, await store_actor.attach().internal_secret.remote(), self._load.heard)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for this every few seconds and brings it to the replica policy (`serve_policy.py`)."""
+        return self._load.figures()
 
     async def check_health(self) -> None:
         stalled = self._meter.stalled_for(time.monotonic())
@@ -96,8 +105,9 @@ class Guard:
     (`USAGE_COMMENT`) when it is a stream; those of a request that was cancelled are asked for at `USAGE_PATH/<request id>`.
     """
 
-    def __init__(self, app: Any, secret: str) -> None:
+    def __init__(self, app: Any, secret: str, heard: Callable[[bytes], None]) -> None:
         self._app = app
+        self._heard = heard
         self._secret = secret.encode()
         self._cancelled: OrderedDict[str, metering.Tally] = OrderedDict()
         self._open: dict[str, metering.Tally] = {}
@@ -124,6 +134,8 @@ class Guard:
         if path.startswith(USAGE_PATH):
             await self._tell(path.removeprefix(USAGE_PATH), send)
             return
+        if (queued := headers.get(QUEUED_HEADER)) is not None:
+            self._heard(queued)
         await self._count(headers.get(b"x-request-id", b"").decode("latin-1"), scope, receive, send)
 
     async def _count(self, request_id: str, scope: Any, receive: Any, send: Any) -> None:
@@ -185,7 +197,6 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
     if model.adapters:
         kwargs["enable_lora"] = True
         kwargs["lora_modules"] = [{"name": f"{model.id}:{name}", "path": path} for name, path in model.adapters.items()]
-    scale = model.autoscaling
     deployment: dict[str, Any] = {
         # Gateways keep to the slots; probes, metrics and questions about cancelled requests come on top and must not wait.
         "max_ongoing_requests": model.slots + SPARE_ONGOING,
@@ -197,21 +208,14 @@ def engine_config(model: ModelConfig, source: str) -> LLMConfig:
         # A rollout starts the new replica before it stops the old one.
         "max_surge_percent": 100 if model.surge else 0,
         "graceful_shutdown_timeout_s": model.max_generation_s + 30.0,
-        "autoscaling_config": {
-            "min_replicas": scale.min_replicas,
-            "max_replicas": scale.max_replicas,
-            "target_ongoing_requests": model.target_ongoing_requests,
-            "upscale_delay_s": scale.upscale_delay_s,
-            "downscale_delay_s": scale.downscale_delay_s,
-            "downscale_to_zero_delay_s": scale.downscale_to_zero_delay_s,
-        },
+        "autoscaling_config": scaling_config(model),
         "ray_actor_options": {"num_cpus": model.cpus_per_replica},
     }
     if model.routing == "prefix_affinity":
         deployment["request_router_config"] = RequestRouterConfig(request_router_class=PrefixCacheAffinityRouter)
     options: dict[str, Any] = {}
     gives_way = {NICE_VARIABLE: str(CPU_NICE)} if model.device == "cpu" else {}
-    # vLLM makes gloo groups even where one process talks to nobody else. Their ports ask for no secret, so they are the host's own.
+    # vLLM makes gloo groups even where one process talks to nobody else. Their ports ask for no secret: they stay on the host.
     stays_inside = {} if _several_processes(model) else {"GLOO_SOCKET_IFNAME": "lo"}
     if model.device == "cpu":
         options["accelerator_config"] = {"kind": "cpu"}

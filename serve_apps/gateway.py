@@ -15,27 +15,31 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from cluster.config import GatewayConfig, ModelConfig
 from cluster.errors import ApiError
 from cluster.metrics import GatewayMetrics
+from cluster.metrics_guard import is_bearer
 from cluster.records import KeyRecord, StoreUnavailable
 from serve_apps.admin_api import AdminApi
-from serve_apps.auth import check_model, secret_of
+from serve_apps.auth import check_admin, check_model, secret_of
 from serve_apps.exchange import ClientGone, Exchange
 from serve_apps.fleet import Fleet
 from serve_apps.relay import Relay
 from serve_apps.replicas import Replicas
 from serve_apps.requests import ROUTES, check_choices, estimate_tokens, model_name, parse_form
 from serve_apps.service import Call, ModelService, Outcome
-from serve_apps.status import StatusApi
+from serve_apps.status import StatusApi, only_get
 from serve_apps.sync import StoreClient, Syncer
+from serve_apps.tracing import RequestTrace, Tracer
 from serve_apps.usage import cost_usd
 
 log = logging.getLogger(__name__)
 GC_THRESHOLD = 20_000
 STOP_S = 3.0
+UNTRACED = nullcontext()
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -50,6 +54,8 @@ class Gateway:
         secret: What engines ask for.
         fleet: How many replicas of engines and gateways run.
         echo_request_id: See `Exchange`.
+        tracer: Makes a span of each request; closed at the end.
+        metrics_token: What `/metrics` asks for where there is no admin key; None leaves it open, for a gateway on its own.
     """
 
     def __init__(
@@ -61,14 +67,18 @@ class Gateway:
         secret: str,
         fleet: Fleet,
         echo_request_id: bool,
+        tracer: Tracer | None = None,
+        metrics_token: str | None = None,
     ) -> None:
         self._config = config
+        self._tracer = tracer
         self._models = {model.id: model for model in models}
         self._by_name = {name: model for model in self._models.values() for name in model.names}
         self._make_replicas = replicas
         self._secret = secret
         self._fleet = fleet
         self._echo = echo_request_id
+        self._metrics_token = metrics_token
         self._tasks: set[asyncio.Task[None]] = set()
         self._created = int(time.time())
         self._sync = Syncer(store, config.sync_s)
@@ -93,7 +103,8 @@ class Gateway:
         status = StatusApi(self._services, self._fleet, self._sync, self.metrics)
         self.measure = status.measure
         admin = AdminApi(self._sync)
-        self._open: dict[str, Handler] = {"/healthz": status.healthz, "/readyz": status.readyz, "/metrics": status.metrics}
+        self._open: dict[str, Handler] = {"/healthz": status.healthz, "/readyz": status.readyz}
+        self._show_metrics = status.metrics
         self._admin = admin.handle
         try:
             await self._sync.sync()
@@ -116,6 +127,8 @@ class Gateway:
         except StoreUnavailable as error:
             log.warning("%s; the last usage is lost", error)
         self._relay.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -141,6 +154,9 @@ class Gateway:
         if path in self._open:
             await self._open[path](exchange)
             return
+        if path == "/metrics":
+            await self._metrics(exchange)
+            return
         if path.startswith("/admin/"):
             await self._admin(exchange, await self._key(exchange))
             return
@@ -152,12 +168,21 @@ class Gateway:
             raise ApiError(404, f"There is no {path[:200]!r} here. See /v1/models and docs/api.md.", "not_found")
         if exchange.method != "POST":
             raise ApiError(405, f"{path} takes POST.", "method_not_allowed", headers={"allow": "POST"})
-        await self._generate(exchange, route)
+        with self._tracer.request(exchange) if self._tracer is not None else UNTRACED as trace:
+            await self._generate(exchange, route, trace)
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        """They tell everybody's traffic: for Prometheus, which has the metrics token, and for administrators."""
+        only_get(exchange)
+        token = self._metrics_token
+        if token is not None and not is_bearer(exchange.headers.get(b"authorization", b""), token):
+            check_admin(await self._key(exchange))
+        await self._show_metrics(exchange)
 
     async def _key(self, exchange: Exchange) -> KeyRecord:
         return await self._sync.find_key(secret_of(exchange.headers))
 
-    async def _generate(self, exchange: Exchange, tasks: frozenset[str]) -> None:
+    async def _generate(self, exchange: Exchange, tasks: frozenset[str], trace: RequestTrace | None) -> None:
         """One request for a model, from its key to its settling."""
         began = time.monotonic()
         key = await self._key(exchange)
@@ -188,9 +213,12 @@ class Gateway:
         def settle(outcome: Outcome) -> None:
             reservation.settle(outcome.tokens.total)
             self._record(key, model, outcome.status or exchange.status, outcome, time.monotonic() - began)
+            if trace is not None:
+                trace.settle(outcome)
 
         stream = fields.get("stream") is True
-        call = Call(exchange.path, body, content_type, fields, stream, float(estimate))
+        traced = trace.serving(asked, model.id, stream) if trace is not None else {}
+        call = Call(exchange.path, body, content_type, fields, stream, float(estimate), traced)
         engine_id = f"{exchange.request_id[:64]}-{uuid.uuid4().hex[:8]}"
         await self._until_gone(exchange, self._services[model.id].serve(exchange, key, call, engine_id, settle))
 

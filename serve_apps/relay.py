@@ -8,7 +8,7 @@ the replica died before it gave a single byte, so the caller may try another.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from serve_apps.replicas import Endpoint
@@ -103,13 +103,21 @@ class Relay:
         """Close what is idle."""
         self._connections.close()
 
-    async def send(self, endpoint: Endpoint, path: str, body: bytes, content_type: str, request_id: str) -> Whole | Stream:
-        """POST the body; return the whole answer, or a stream whose first bytes have come.
+    async def send(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        body: bytes,
+        content_type: str,
+        request_id: str,
+        more: Mapping[str, str] | None = None,
+    ) -> Whole | Stream:
+        """POST the body, with `more` headers; return the whole answer, or a stream whose first bytes have come.
 
         Raises:
             EngineGone: see the class.
         """
-        headers = {**self._secret, "Content-Type": content_type, "X-Request-Id": request_id}
+        headers = {**self._secret, "Content-Type": content_type, "X-Request-Id": request_id, **(more or {})}
         url = endpoint.url + path
         try:
             connection = await self._connections.request("POST", url, headers, body)

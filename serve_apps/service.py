@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from serve_apps.exchange import SSE_HEADERS, Exchange
 from serve_apps.relay import EngineGone, Relay, Stream, Whole
 from serve_apps.replicas import Endpoint, Replicas
 from serve_apps.usage import Tokens
+from serve_apps.wire import QUEUED_HEADER
 
 log = logging.getLogger(__name__)
 KEEPALIVE = b": waiting for the model\n\n"
@@ -31,7 +32,7 @@ PROBE_ID = "tidepool-probe-"
 
 @dataclass(frozen=True)
 class Call:
-    """What goes to the engine: the route below the replica's URL, the body, and the body's fields for a body-aware router."""
+    """What goes to the engine: the route below its URL, the body, the body's fields for a body-aware router, more headers."""
 
     path: str
     body: bytes
@@ -39,17 +40,21 @@ class Call:
     fields: dict[str, Any]
     stream: bool
     cost: float
+    headers: Mapping[str, str]
 
 
 @dataclass
 class Outcome:
-    """How it went; filled in as it goes. `status` is that of an error, else 0; `settled` once that is done or under way."""
+    """How it went; filled in as it goes. `status` is that of an error, else 0; `settled` once that is done or under way;
+    `queued_s` is the wait for a slot, `used` the replicas tried."""
 
     tokens: Tokens = field(default_factory=Tokens)
     ttft_s: float = 0.0
     error: bool = False
     status: int = 0
     settled: bool = False
+    queued_s: float = 0.0
+    used: list[Endpoint] = field(default_factory=list)
 
 
 class ModelService:
@@ -95,13 +100,14 @@ class ModelService:
         """
         outcome = Outcome()
         began = time.monotonic()
-        used: list[Endpoint] = []
+        used = outcome.used
         entered = 0.0
 
         async def enter_and_open() -> Whole | Stream:
             nonlocal entered
             await self.admission.enter(key.id, key.priority, call.cost)
             entered = time.monotonic()
+            outcome.queued_s = entered - began
             return await self._open(call, engine_id, used)
 
         try:
@@ -179,7 +185,10 @@ class ModelService:
             used.append(endpoint)
             try:
                 async with asyncio.timeout(self.model.max_generation_s):
-                    return await self._relay.send(endpoint, call.path, call.body, call.content_type, f"{engine_id}-{attempt}")
+                    request_id = f"{engine_id}-{attempt}"
+                    waiting = self.admission.queued / max(1, self.admission.running)
+                    more = {**call.headers, QUEUED_HEADER.decode(): f"{waiting:.3f}"}
+                    return await self._relay.send(endpoint, call.path, call.body, call.content_type, request_id, more)
             except EngineGone as error:
                 log.warning("engine %s of %s gave no answer (%s), attempt %d", endpoint.id, self.model.id, error, attempt + 1)
                 self._replicas.avoid(endpoint)

@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz` and `/metrics`: open to everyone who reaches the endpoint, and saying nothing about anyone.
+"""`/healthz` and `/readyz`, open to everyone who reaches the endpoint and saying nothing about anyone; and `/metrics`.
 
 Ready means that every model that should be up has produced a token lately: from real traffic, or made for the question.
 """
@@ -32,12 +32,12 @@ class StatusApi:
 
     async def healthz(self, exchange: Exchange) -> None:
         """This process answers."""
-        _only_get(exchange)
+        only_get(exchange)
         await exchange.reply_json({"status": "ok"})
 
     async def readyz(self, exchange: Exchange) -> None:
         """200 when every model that should be up has made a token in the last seconds, 503 otherwise; each model is listed."""
-        _only_get(exchange)
+        only_get(exchange)
         states = await asyncio.gather(*(self._state(service) for service in self._services.values()))
         models = dict(zip(self._services, states, strict=True))
         ready = all(state["ready"] for state in states)
@@ -45,7 +45,7 @@ class StatusApi:
 
     async def metrics(self, exchange: Exchange) -> None:
         """Prometheus text of this gateway replica."""
-        _only_get(exchange)
+        only_get(exchange)
         self.measure()
         await exchange.reply(200, self._metrics.text(), b"text/plain; version=0.0.4; charset=utf-8")
 
@@ -74,6 +74,7 @@ class StatusApi:
         }
 
 
-def _only_get(exchange: Exchange) -> None:
+def only_get(exchange: Exchange) -> None:
+    """Refuse every other method. Raises ApiError 405."""
     if exchange.method not in ("GET", "HEAD"):
         raise ApiError(405, f"{exchange.path} takes GET.", "method_not_allowed", headers={"allow": "GET"})

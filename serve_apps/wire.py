@@ -11,6 +11,7 @@ from cluster.errors import ApiError
 
 SECRET_HEADER = b"x-tidepool-secret"
 USAGE_HEADER = b"x-tidepool-usage"
+QUEUED_HEADER = b"x-tidepool-queued"
 USAGE_COMMENT = b": tidepool-usage "
 USAGE_PATH = "/-/tidepool/usage/"
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import tls
 from cluster.errors import TrainError
 from cluster.session import read_json
 from train.scoring import Mark, Question, mark, questions, summary
@@ -29,11 +30,12 @@ SHOWN = 3  # wrong answers that are printed
 
 @dataclass(frozen=True)
 class Target:
-    """Whom to ask; `base_url` ends with `/v1`."""
+    """Whom to ask; `base_url` ends with `/v1`, `certificate` is the file to know an https endpoint by."""
 
     base_url: str
     api_key: str
     model: str
+    certificate: str | None = None
 
 
 def target(path: Path, model: str | None) -> Target:
@@ -53,7 +55,7 @@ def target(path: Path, model: str | None) -> Target:
         raise TrainError(f"{path}: not an endpoint file: {type(error).__name__} {error}") from error
     if model is None and not names:
         raise TrainError(f"{path}: no model that generates")
-    return Target(url, key, model or names[0])
+    return Target(url, key, model or names[0], data.get("certificate"))
 
 
 async def ask(to: Target, asked: Sequence[Question], concurrent: int, say: Callable[[str], None]) -> list[tuple[Mark, str]]:
@@ -80,9 +82,11 @@ async def ask(to: Target, asked: Sequence[Question], concurrent: int, say: Calla
         return mark(question, answer), answer
 
     headers = {"authorization": f"Bearer {to.api_key}"}
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=TIMEOUT_S)
+    connector = aiohttp.TCPConnector(ssl=True if to.certificate is None else tls.trust(to.certificate))
     try:
         async with (
-            aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=None, sock_read=TIMEOUT_S)) as client,
+            aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as client,
             asyncio.TaskGroup() as tasks,
         ):
             running = [tasks.create_task(one(client, question)) for question in asked]

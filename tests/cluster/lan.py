@@ -81,11 +81,13 @@ class Lan:
     def __enter__(self) -> Lan:
         sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=FOLDERS))
+        whole = False
         try:
             self._make()
-        except BaseException:
-            self.close()
-            raise
+            whole = True
+        finally:
+            if not whole:
+                self.close()
         return self
 
     def __exit__(self, *_: object) -> None:

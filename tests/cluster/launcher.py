@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,8 @@ def configuration(**engine_kwargs: Any) -> dict[str, Any]:
     """What the cluster serves: one model that sleeps, a replica fills a host, `engine_kwargs` on top of the usual."""
     engine = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "dtype": "float32", **engine_kwargs}
     threads = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    # All hosts share this machine's cores: engines take what nodes that start and gateways leave.
+    threads["TIDEPOOL_ENGINE_NICE"] = "19"
     return {
         "run_dir": RUN_DIR,
         "node": {"host": "0.0.0.0", "min_free_memory_mb": 1024},
@@ -51,7 +54,7 @@ def configuration(**engine_kwargs: Any) -> dict[str, Any]:
                     "min_replicas": 0,
                     "max_replicas": 2,
                     "upscale_delay_s": 1,
-                    "downscale_delay_s": 8,
+                    "downscale_delay_s": 20,
                     "downscale_to_zero_delay_s": 12,
                 },
             }
@@ -154,6 +157,17 @@ class Launcher:
         """The end of what the deployer and the head's start said."""
         texts = [self.lan.read(self.head, f"{RUN_DIR}/{name}") or "" for name in ("up.log", "deploy.log")]
         return "\n".join(text[-1500:] for text in texts)
+
+    def keep_logs(self) -> Path:
+        """Copy what Ray, Serve and our commands logged on every host into the operator's home, before it is gone."""
+        for host in self.hosts:
+            source, target = self.lan.root(host) / RUN_DIR.lstrip("/"), self.home / "logs" / host.name
+            shutil.copytree(
+                source / "ray", target / "ray", dirs_exist_ok=True, ignore=shutil.ignore_patterns("sockets", "*.sock")
+            )
+            for log in source.glob("*.log"):
+                shutil.copy(log, target)
+        return self.home / "logs"
 
     def joined(self) -> list[Host]:
         """Workers on which Ray runs."""

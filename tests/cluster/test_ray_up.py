@@ -128,6 +128,7 @@ def story(lan: Lan, hosts: dict[str, Host], model_cache: Path, tmp_path_factory:
         yield story
     finally:
         if launcher.manifest.exists() and story.left():
+            print(f"\n  logs of all hosts: {launcher.keep_logs()}")
             launcher.down()
 
 
@@ -179,8 +180,8 @@ def test_a_stranger_gets_nothing(story: Story) -> None:
 def test_load_brings_replicas_and_hosts(story: Story) -> None:
     story.clients.start(parallel=8)
     with story.phase("load: two replicas on two hosts"):
-        until("two hosts serve", lambda: len(story.serving()) == 2, 150.0, story.why)
-        until("both replicas are running", lambda: story.timeline.replicas() == 2, 60.0, story.why)
+        until("two hosts serve", lambda: len(story.serving()) == 2, 240.0, story.why)
+        until("both replicas are running", lambda: story.timeline.replicas() == 2, 90.0, story.why)
     with story.phase("two replicas serve"):
         story.clients.answer_more(60)
     assert story.clients.failures == []

@@ -47,10 +47,14 @@ def settings(ports: dict[str, int], replica_ports: tuple[int, int]) -> list[str]
 
 BABBLES = ["--set", "models.0.model_source=embedded:random"]  # never ends by itself, needs no training
 
+TRACES_PORT = 18490
+# Only what a client asks to be traced is; nobody listens there but test_tracing.
+TRACED = ["--set", f"tracing.endpoint=http://127.0.0.1:{TRACES_PORT}/v1/traces", "--set", "tracing.sample=0"]
+
 
 def shared_arguments(run_dir: Path) -> list[str]:
     """Of `python -m cluster up` and `down`, after the file, for the cluster that all tests share; `BABBLES` is its chat model."""
-    return ["--run-dir", str(run_dir), *settings(PORTS, (18500, 18600)), "--set", "gateway.replicas=2"]
+    return ["--run-dir", str(run_dir), *settings(PORTS, (18500, 18600)), "--set", "gateway.replicas=2", *TRACED]
 
 
 def cluster_command(*args: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:

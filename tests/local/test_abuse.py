@@ -389,7 +389,7 @@ def test_half_open_requests_are_given_up(half_open: tuple[socket.socket, socket.
 
 def test_the_endpoint_made_no_error_of_its_own(endpoint: Endpoint) -> None:
     for _ in range(8):
-        for line in request(endpoint.root, "GET", "/metrics").body.decode().splitlines():
+        for line in request(endpoint.root, "GET", "/metrics", endpoint.admin_key).body.decode().splitlines():
             assert not (line.startswith("tidepool_requests_total") and 'status="5' in line), line
 
 

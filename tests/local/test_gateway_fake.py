@@ -108,6 +108,7 @@ def test_bytes_no_json_parser_ever_saw_pass_unchanged(stack):
         extra = {
             "x-tidepool-secret": "guess",
             "x-tidepool-usage": "0 0 0",
+            "x-tidepool-queued": "9",
             "x-ratelimit-remaining-requests": "9",
             "cookie": "a=b",
         }
@@ -118,6 +119,7 @@ def test_bytes_no_json_parser_ever_saw_pass_unchanged(stack):
         body, headers = seen[0]
         assert body == odd
         assert headers["x-request-id"].startswith("mine-1-") and headers["x-tidepool-secret"] == ""
+        assert headers["x-tidepool-queued"] == "0.000"
         assert not {"authorization", "cookie", "x-tidepool-usage"} & set(headers) and "guess" not in headers.values()
 
         async def counted() -> bool:

@@ -198,7 +198,7 @@ def _stall(machine: Machine, endpoint: dict[str, Any], capsys: pytest.CaptureFix
     threads = [threading.Thread(target=lambda: answers.append(ask(root, key, body, "/v1/completions"))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    _until(lambda: _running(root) == 2, 30)
+    _until(lambda: _running(root, endpoint["admin_key"]) == 2, 30)
     os.kill(core, signal.SIGSTOP)
     stopped = time.monotonic()
     _until(lambda: not os.path.exists(f"/proc/{core}"), STALL_S + 30)
@@ -212,10 +212,11 @@ def _stall(machine: Machine, endpoint: dict[str, Any], capsys: pytest.CaptureFix
     assert after.verdict == "ok", after
 
 
-def _running(root: str) -> int:
+def _running(root: str, admin_key: str) -> int:
     import urllib.request
 
-    with urllib.request.urlopen(f"{root}/metrics", timeout=10) as answer:
+    asked = urllib.request.Request(f"{root}/metrics", headers={"Authorization": f"Bearer {admin_key}"})
+    with urllib.request.urlopen(asked, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tidepool_running_requests{")))
 

@@ -51,7 +51,7 @@ def commands(name: str) -> list[str]:
 def make_words() -> tuple[set[str], set[str]]:
     """Targets and variables of the Makefile."""
     source = text("Makefile")
-    return set(re.findall(r"^([a-z]+):", source, re.MULTILINE)), set(re.findall(r"^([A-Z_]+) \?=", source, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", source, re.MULTILINE)), set(re.findall(r"^([A-Z_]+) \?=", source, re.MULTILINE))
 
 
 @cache
@@ -82,8 +82,8 @@ def test_commands_exist(name):
         elif program in (".venv/bin/python", "python") and words[0] == "-m":
             called_with(words[1:], command)
         else:
-            assert program in ("curl", "export", "kill", "pgrep", ".venv/bin/python"), command
-        for path in re.findall(r"\b((?:configs|tests|docs)/[\w./-]+)", command):
+            assert program in ("curl", "docker", "export", "kill", "kubectl", "pgrep", ".venv/bin/python"), command
+        for path in re.findall(r"(?<!/)\b((?:cluster|configs|docker|docs|tests)/[\w./-]+)", command):
             assert (ROOT / path).exists(), command
         overrides = re.findall(r"--set '?([\w.]+=[^\s\"']+)", command)
         file = re.search(r"configs/[\w-]+\.yaml", command)

@@ -16,6 +16,7 @@ MAY_IMPORT = {"cluster": set(), "serve_apps": {"cluster"}, "train": {"cluster"},
 # What is not promised by a library may be imported in one file each, which says why.
 INTERNALS = {
     "ray": (("ray._private", "ray._raylet", "ray.llm._internal", "ray.serve._private"), "tests/unit/test_haproxy.py"),
+    "ray's launcher": (("ray.autoscaler._private",), "cluster/manifest.py"),
     "vllm": (("vllm.",), "cluster/check.py"),
 }
 SERVE_INTERNAL_ATTRIBUTES = {"_replica": "serve_apps/replicas.py"}
@@ -23,8 +24,8 @@ SERVE_INTERNAL_ATTRIBUTES = {"_replica": "serve_apps/replicas.py"}
 BROAD_EXCEPT = {"serve_apps/gateway.py": 1, "train/connect.py": 1}
 LONGEST, MEDIAN = 400, 150
 TOP_LEVEL = {
-    *PARTS, ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "cluster.yaml", "configs",
-    "docs", "pyproject.toml", "setup.sh", "tests",
+    *PARTS, ".ci", ".dockerignore", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+    "cluster.yaml", "configs", "docker", "docs", "pyproject.toml", "setup.sh", "tests",
 }  # fmt: skip
 
 FILES = sorted(path for part in (*PARTS, "tests") for path in (ROOT / part).rglob("*.py"))

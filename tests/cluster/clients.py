@@ -62,7 +62,7 @@ class Clients:
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._threads: dict[int, threading.Thread] = {}
-        self.parallel = 0
+        self.parallel, self._pause_s = 0, 0.0
         self.failures: list[Failure] = []
         self.latencies: list[float] = []
 
@@ -75,11 +75,11 @@ class Clients:
         self._until = time.monotonic() + self._most_s
         self.set_parallel(parallel)
 
-    def set_parallel(self, parallel: int) -> None:
-        """From now on so many clients; one too many ends after the request that it is at."""
+    def set_parallel(self, parallel: int, pause_s: float = 0.0) -> None:
+        """From now on so many clients, each with a pause between two requests; one too many ends after the one that it is at."""
         assert 0 <= parallel <= MOST_PARALLEL, parallel
         with self._lock:
-            self.parallel = parallel
+            self.parallel, self._pause_s = parallel, pause_s
             self._changed.set()
             self._changed = threading.Event()
             for number in range(parallel):
@@ -115,7 +115,7 @@ class Clients:
                     del self._threads[number]
                     return
                 self._left -= 1
-                changed = self._changed
+                changed, pause_s = self._changed, self._pause_s
             began = time.monotonic()
             try:
                 reason = self._ask()
@@ -127,8 +127,7 @@ class Clients:
                     self.failures.append(Failure(time.time(), seconds, reason))
                 else:
                     self.latencies.append(seconds)
-            if reason:
-                changed.wait(PAUSE_AFTER_FAILURE_S)
+            changed.wait(PAUSE_AFTER_FAILURE_S if reason else pause_s)
 
     def _ask(self) -> str:
         """One streamed request; what was wrong with its answer, or nothing."""

@@ -34,7 +34,7 @@ EXPORTS = "export RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S=5"
 
 def configuration(**engine_kwargs: Any) -> dict[str, Any]:
     """What the cluster serves: one model that sleeps, a replica fills a host, `engine_kwargs` on top of the usual."""
-    engine = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "dtype": "float32", **engine_kwargs}
+    engine = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 2, "dtype": "float32", **engine_kwargs}
     threads = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     # All hosts share this machine's cores: engines take what nodes that start and gateways leave.
     threads["TIDEPOOL_ENGINE_NICE"] = "19"

@@ -23,6 +23,7 @@ from lan import Host, Lan
 from launcher import MODEL, ROOT, RUN_DIR, Launcher, until
 
 TWO_GPUS = "tests/cluster/two_gpus.py"
+STEADY = (2, 0.4)  # clients, and the seconds that each pauses: half of what one replica can do
 # Files that only a running cluster has.
 RUNNING_ONLY = ("/root/ray_bootstrap*", "/root/.ray/tidepool-*", f"{RUN_DIR}/state.json", f"{RUN_DIR}/endpoint.json")
 
@@ -178,18 +179,18 @@ def test_a_stranger_gets_nothing(story: Story) -> None:
 
 
 def test_load_brings_replicas_and_hosts(story: Story) -> None:
-    story.clients.start(parallel=8)
+    story.clients.start(parallel=4)
     with story.phase("load: two replicas on two hosts"):
         until("two hosts serve", lambda: len(story.serving()) == 2, 240.0, story.why)
         until("both replicas are running", lambda: story.timeline.replicas() == 2, 90.0, story.why)
     with story.phase("two replicas serve"):
-        story.clients.answer_more(60)
+        story.clients.answer_more(40)
     assert story.clients.failures == []
 
 
 def test_scale_down_under_steady_load_loses_nothing(story: Story) -> None:
     with story.phase("scale-down under load: one replica, one host"):
-        story.clients.set_parallel(1)
+        story.clients.set_parallel(*STEADY)
         until("one replica is left", lambda: story.timeline.replicas() == 1, 90.0, story.why)
         until("one host is left", lambda: len(story.launcher.joined()) == 1, 120.0, story.why)
     assert story.clients.failures == []
@@ -198,7 +199,7 @@ def test_scale_down_under_steady_load_loses_nothing(story: Story) -> None:
 def test_a_rolling_update_under_steady_load_loses_nothing(story: Story) -> None:
     before = set(story.engines())
     with story.phase("rolling update under load"):
-        story.launcher.deploy(max_num_seqs=5)
+        story.launcher.deploy(max_num_seqs=3)
         until("the old engine is gone", lambda: not before & set(story.engines()), 120.0, story.why)
         story.clients.answer_more(10)
     assert story.clients.failures == []

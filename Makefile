@@ -29,7 +29,7 @@ test: setup        ## every test that needs no GPU: real Ray, real vLLM
 	$(PY) -m pytest $(PYTEST) -m "not training"
 
 test-cluster: setup  ## `ray up` on test hosts (network namespaces; root): autoscaling, updates, an attacker, `ray down`
-	$(PY) -m pytest tests/cluster -s
+	$(PY) -m pytest tests/cluster -s -m "not slow"
 
 test-train: setup  ## long tests of training: faults, compression, a journey to a served adapter
 	$(PY) -m pytest tests/local -m training

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 GATEWAY_MAX_ONGOING = 100_000
 GATEWAY_HEALTH_PERIOD_S = 2.0
 STORE_URL = "TIDEPOOL_STORE_URL"
+HEAD = "node:__internal_head__"  # a resource that Ray gives to the head alone
 ELSEWHERE = os.path.expanduser("~/.tidepool")
 
 
@@ -82,7 +83,8 @@ def gateway(args: dict[str, Any]) -> serve.Application:
         health_check_timeout_s=30.0,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=longest + config.admission.hold_s + 30.0,
-        ray_actor_options={"num_cpus": 0.1},
+        # On the head: on a GPU host it would keep that from going when its models have gone.
+        ray_actor_options={"num_cpus": 0.1, "resources": {HEAD: 0.001}},
     )
     return deployment.bind(args)
 

@@ -70,10 +70,10 @@ class Clients:
     def answered(self) -> int:
         return len(self.latencies)
 
-    def start(self, parallel: int) -> None:
+    def start(self, parallel: int, pause_s: float = 0.0) -> None:
         """Begin, or begin again after `stop`."""
         self._until = time.monotonic() + self._most_s
-        self.set_parallel(parallel)
+        self.set_parallel(parallel, pause_s)
 
     def set_parallel(self, parallel: int, pause_s: float = 0.0) -> None:
         """From now on so many clients, each with a pause between two requests; one too many ends after the one that it is at."""

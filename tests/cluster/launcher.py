@@ -34,7 +34,7 @@ EXPORTS = "export RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S=5"
 
 def configuration(**engine_kwargs: Any) -> dict[str, Any]:
     """What the cluster serves: one model that sleeps, a replica fills a host, `engine_kwargs` on top of the usual."""
-    engine = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 2, "dtype": "float32", **engine_kwargs}
+    engine = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "dtype": "float32", **engine_kwargs}
     threads = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     # All hosts share this machine's cores: engines take what nodes that start and gateways leave.
     threads["TIDEPOOL_ENGINE_NICE"] = "19"
@@ -53,6 +53,8 @@ def configuration(**engine_kwargs: Any) -> dict[str, Any]:
                 "autoscaling": {
                     "min_replicas": 0,
                     "max_replicas": 2,
+                    # Low, so that a load asks for two replicas and leaves this machine's cores for a second one to start.
+                    "target_ongoing_requests": 0.4,
                     "upscale_delay_s": 1,
                     "downscale_delay_s": 20,
                     "downscale_to_zero_delay_s": 12,
@@ -113,9 +115,9 @@ class Launcher:
 
     def _here(self, line: Any) -> Any:
         """A command of the shipped manifest with this machine's Python and this test's configuration."""
-        if not isinstance(line, str) or "cd /opt/tidepool" not in line:
+        if not isinstance(line, str) or "cd ~/tidepool" not in line:
             return line
-        here = line.replace("cd /opt/tidepool", f"cd {ROOT}").replace(".venv/bin/python", sys.executable)
+        here = line.replace("cd ~/tidepool", f"cd {ROOT}").replace(".venv/bin/python", sys.executable)
         return f"export TIDEPOOL_MODEL_CACHE={self.model_cache}; {EXPORTS}; {here.replace(SHIPPED, CONFIG)}"
 
     def command(self, *words: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
@@ -144,7 +146,7 @@ class Launcher:
 
     def on_head(self, line: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Run a command line of the shipped manifest's kind on the head, over SSH."""
-        return self.lan.run(self.head, self._here(f"cd /opt/tidepool && {line}"), timeout_s)
+        return self.lan.run(self.head, self._here(f"cd ~/tidepool && {line}"), timeout_s)
 
     def endpoint(self, timeout_s: float = 90.0) -> dict[str, Any]:
         """What the head's deployer wrote for clients, once it is there."""
@@ -162,9 +164,8 @@ class Launcher:
         """Copy what Ray, Serve and our commands logged on every host into the operator's home, before it is gone."""
         for host in self.hosts:
             source, target = self.lan.root(host) / RUN_DIR.lstrip("/"), self.home / "logs" / host.name
-            shutil.copytree(
-                source / "ray", target / "ray", dirs_exist_ok=True, ignore=shutil.ignore_patterns("sockets", "*.sock")
-            )
+            options = {"symlinks": True, "ignore": shutil.ignore_patterns("sockets", "session_latest", "*.json")}
+            shutil.copytree(source / "ray", target / "ray", **options)
             for log in source.glob("*.log"):
                 shutil.copy(log, target)
         return self.home / "logs"

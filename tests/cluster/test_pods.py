@@ -17,9 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from lan import Host, Lan
 
+pytestmark = pytest.mark.slow  # two minutes, by name
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "cluster" / "manifests" / "kuberay" / "raycluster.yaml"
 VOLUME = "/srv"

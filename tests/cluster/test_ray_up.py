@@ -23,7 +23,8 @@ from lan import Host, Lan
 from launcher import MODEL, ROOT, RUN_DIR, Launcher, until
 
 TWO_GPUS = "tests/cluster/two_gpus.py"
-STEADY = (2, 0.4)  # clients, and the seconds that each pauses: half of what one replica can do
+# Clients, and the seconds that each pauses between two requests.
+BUSY, STEADY = (2, 0.2), (1, 1.5)
 # Files that only a running cluster has.
 RUNNING_ONLY = ("/root/ray_bootstrap*", "/root/.ray/tidepool-*", f"{RUN_DIR}/state.json", f"{RUN_DIR}/endpoint.json")
 
@@ -179,7 +180,7 @@ def test_a_stranger_gets_nothing(story: Story) -> None:
 
 
 def test_load_brings_replicas_and_hosts(story: Story) -> None:
-    story.clients.start(parallel=4)
+    story.clients.start(*BUSY)
     with story.phase("load: two replicas on two hosts"):
         until("two hosts serve", lambda: len(story.serving()) == 2, 240.0, story.why)
         until("both replicas are running", lambda: story.timeline.replicas() == 2, 90.0, story.why)
@@ -199,7 +200,7 @@ def test_scale_down_under_steady_load_loses_nothing(story: Story) -> None:
 def test_a_rolling_update_under_steady_load_loses_nothing(story: Story) -> None:
     before = set(story.engines())
     with story.phase("rolling update under load"):
-        story.launcher.deploy(max_num_seqs=3)
+        story.launcher.deploy(max_num_seqs=5)
         until("the old engine is gone", lambda: not before & set(story.engines()), 120.0, story.why)
         story.clients.answer_more(10)
     assert story.clients.failures == []

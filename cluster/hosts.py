@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shlex
 import subprocess
 import threading
@@ -42,7 +43,11 @@ AVOID_S = 120.0
 
 
 class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
-    """The pool as Ray's node provider; a node's id is its host's address. Safe for several threads and processes."""
+    """The pool as Ray's node provider. Safe for several threads and processes.
+
+    A node's id is its host's address and a part that is new each time the host is taken: Ray's autoscaler takes an id that comes
+    back at once for the node that it is just ending.
+    """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
@@ -66,11 +71,11 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         if "ssh_private_key" in provider["auth"]:
             provider["auth"]["ssh_private_key"] = BOOTSTRAP_KEY
         heads = self.non_terminated_nodes({NODE_KIND: "head"})
-        provider["head"] = {address: self.node_tags(address) for address in heads}
+        provider["head"] = {node_id: self.node_tags(node_id) for node_id in heads}
         return cluster_config
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
-        return [address for address, tags in self._taken().items() if tag_filters.items() <= tags.items()]
+        return [node_id for node_id, tags in self._taken().items() if tag_filters.items() <= tags.items()]
 
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
         """What `ray down` ends. The operator's machine knows the head only, and the head knows which workers it has taken."""
@@ -91,10 +96,10 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         return dict(self._taken().get(node_id, {}))
 
     def external_ip(self, node_id: str) -> str:
-        return node_id
+        return address_of(node_id)
 
     def internal_ip(self, node_id: str) -> str:
-        return node_id
+        return address_of(node_id)
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
         with self._change() as taken:
@@ -111,18 +116,19 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         missing: list[str] = []
         taken: dict[str, Any] = {}
         while len(taken) < count:
-            host = self._take(node_type, tags)
-            if host is None:
+            node_id = self._take(node_type, tags)
+            if node_id is None:
                 why = "; ".join(missing) or "all of this type are taken"
                 raise NodeLaunchException("HostsMissing", f"no free host of type {node_type}: {why}", None)
+            host = self._hosts[address_of(node_id)]
             reason = self._wake(host)
             if reason is None:
-                taken[host.address] = {}
+                taken[node_id] = {}
                 continue
             missing.append(f"{host.address}: {reason}")
             log.warning("host %s of type %s is passed over for %g s: %s", host.address, node_type, AVOID_S, reason)
             with self._change() as now:
-                now.pop(host.address, None)
+                now.pop(node_id, None)
                 self._avoid[host.address] = time.monotonic() + AVOID_S
         return taken
 
@@ -132,17 +138,17 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         Raises:
             LaunchError: the host answers and the command fails; the host stays taken.
         """
-        host = self._hosts.get(node_id)
-        if host is None:
-            return
+        if not self.is_running(node_id):
+            return  # given back, and maybe taken again under another id
+        host = self._hosts[address_of(node_id)]
         self._stop(host)
         if self.node_tags(node_id).get(NODE_KIND) == "head":
             self._learn_from(node_id)  # it may have taken another one meanwhile; now it takes no more
-        self._ssh(node_id, f"rm -f ~/ray_bootstrap_config.yaml {BOOTSTRAP_KEY} {self._on_head}")
+        self._ssh(host.address, f"rm -f ~/ray_bootstrap_config.yaml {BOOTSTRAP_KEY} {self._on_head}")
         if host.power_off:
             failed = _run(host.power_off, POWER_S)
             if failed is not None:
-                log.warning("%s stays on: power_off %s", node_id, failed)
+                log.warning("%s stays on: power_off %s", host.address, failed)
         with self._change() as taken:
             taken.pop(node_id, None)
 
@@ -166,15 +172,15 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
             raise LaunchError(f"{host.address}: `{stop}` failed: {said[-1] if said else 'no message'}")
 
     def _learn_from(self, head: str) -> None:
-        """Note the hosts that a head has taken; all of them where it does not say."""
-        done = self._ssh(head, f"cat {self._on_head} 2>/dev/null || echo {{}}")
+        """Note the nodes that a head has made; all hosts where it does not say."""
+        done = self._ssh(address_of(head), f"cat {self._on_head} 2>/dev/null || echo {{}}")
         try:
             said: dict[str, dict[str, str]] = json.loads(done.stdout)
         except ValueError:
             log.warning("the head %s does not say which hosts it has taken, so all are looked at", head)
-            said = {address: {NODE_KIND: "worker"} for address in self._hosts}
+            said = {new_id(address): {NODE_KIND: "worker"} for address in self._hosts if address != address_of(head)}
         with self._change() as taken:
-            taken |= {address: tags for address, tags in said.items() if address not in taken}
+            taken |= {node_id: tags for node_id, tags in said.items() if node_id not in taken}
 
     def _ssh(self, address: str, command: str) -> subprocess.CompletedProcess[str]:
         words = ssh_command(self.provider_config, address, f"bash --login -c {shlex.quote(command)}")
@@ -183,16 +189,18 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
         except subprocess.TimeoutExpired as error:
             raise LaunchError(f"{address}: did not end within {STOP_S:g} s: {command}") from error
 
-    def _take(self, node_type: str, tags: dict[str, str]) -> PoolHost | None:
+    def _take(self, node_type: str, tags: dict[str, str]) -> str | None:
         with self._change() as taken:
+            busy = {address_of(node_id) for node_id in taken}
             for host in self._hosts.values():
                 if (
                     host.node_type == node_type
-                    and host.address not in taken
+                    and host.address not in busy
                     and self._avoid.get(host.address, 0.0) < time.monotonic()
                 ):
-                    taken[host.address] = dict(tags)
-                    return host
+                    node_id = new_id(host.address)
+                    taken[node_id] = dict(tags)
+                    return node_id
         return None
 
     def _wake(self, host: PoolHost) -> str | None:
@@ -218,7 +226,7 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
             found = {}
         # The head is told of itself by its manifest: it was taken by the operator's machine.
         told: dict[str, dict[str, str]] = self.provider_config.get("head", {})
-        return {address: tags for address, tags in {**told, **found}.items() if address in self._hosts}
+        return {node_id: tags for node_id, tags in {**told, **found}.items() if address_of(node_id) in self._hosts}
 
     @contextmanager
     def _change(self) -> Iterator[dict[str, dict[str, str]]]:
@@ -233,6 +241,16 @@ class HostPool(NodeProvider):  # type: ignore[misc]  # ray is not typed
                 fresh.replace(self._file)
             else:
                 self._file.unlink(missing_ok=True)
+
+
+def new_id(address: str) -> str:
+    """An id for a node on the host at this address."""
+    return f"{address}-{secrets.token_hex(3)}"
+
+
+def address_of(node_id: str) -> str:
+    """The address of the host behind a node's id."""
+    return node_id.rpartition("-")[0]
 
 
 @contextmanager

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.errors import ConfigError, LaunchError
-from cluster.hosts import HostPool
+from cluster.hosts import HostPool, address_of
 from cluster.pool import pool, ssh_command, unreachable
 
 HEAD = {"ray-node-type": "head", "ray-user-node-type": "head"}
@@ -44,6 +44,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
+def at(node_ids: Iterable[str]) -> list[str]:
+    """Addresses of nodes."""
+    return [address_of(node_id) for node_id in node_ids]
+
+
 def provider(**more: Any) -> dict[str, Any]:
     hosts = [{"address": "h0", "node_type": "head"}, *({"address": f"w{n}", "node_type": "gpu-1"} for n in (1, 2))]
     auth = {"ssh_user": "me", "ssh_private_key": "~/key"}
@@ -61,15 +66,16 @@ def on_head(place: Path, monkeypatch: pytest.MonkeyPatch, operator: HostPool) ->
 def test_hosts_are_taken_by_type_and_given_back(place: Path) -> None:
     hosts = HostPool(provider(), "tide")
     assert hosts.non_terminated_nodes({}) == []
-    assert hosts.create_node({}, WORKER, 2) == {"w1": {}, "w2": {}}
-    assert hosts.non_terminated_nodes({"ray-user-node-type": "gpu-1"}) == ["w1", "w2"]
-    assert hosts.is_running("w1") and hosts.internal_ip("w1") == "w1"
-    hosts.set_node_tags("w1", {"ray-node-status": "up-to-date"})
-    assert hosts.node_tags("w1") == {**WORKER, "ray-node-status": "up-to-date"}
-    hosts.terminate_nodes(["w1"])
-    assert hosts.is_terminated("w1") and hosts.non_terminated_nodes({}) == ["w2"]
+    one, two = hosts.create_node({}, WORKER, 2)
+    assert at([one, two]) == ["w1", "w2"]
+    assert hosts.non_terminated_nodes({"ray-user-node-type": "gpu-1"}) == [one, two]
+    assert hosts.is_running(one) and hosts.internal_ip(one) == "w1"
+    hosts.set_node_tags(one, {"ray-node-status": "up-to-date"})
+    assert hosts.node_tags(one) == {**WORKER, "ray-node-status": "up-to-date"}
+    hosts.terminate_nodes([one])
+    assert hosts.is_terminated(one) and hosts.non_terminated_nodes({}) == [two]
     assert (place / "w1" / "stopped").read_text() == "stopped\n" and not (place / "w2" / "stopped").exists()
-    hosts.terminate_nodes(["w2"])
+    hosts.terminate_nodes([two])
     assert list((place / "operator" / ".ray").iterdir()) == [place / "operator" / ".ray" / "auth_token"], "no state is left"
 
 
@@ -78,10 +84,10 @@ def test_a_silent_host_is_passed_over_and_too_few_are_said(place: Path) -> None:
     (place / "w1" / ".ray").rmdir()
     (place / "w1").rmdir()
     hosts = HostPool(provider(), "tide")
-    assert hosts.create_node({}, WORKER, 1) == {"w2": {}}
+    assert at(hosts.create_node({}, WORKER, 1)) == ["w2"]
     with pytest.raises(Exception, match="no free host of type gpu-1: all of this type are taken"):
         hosts.create_node({}, WORKER, 1)
-    assert hosts.non_terminated_nodes({}) == ["w2"]
+    assert at(hosts.non_terminated_nodes({})) == ["w2"]
     fresh = HostPool(provider(hosts=[{"address": "w1", "node_type": "gpu-1"}]), "other")
     with pytest.raises(Exception, match="no free host of type gpu-1: w1: ssh: connect to host w1 port 22: No route to host"):
         fresh.create_node({}, WORKER, 1)
@@ -91,15 +97,16 @@ def test_the_operator_learns_from_the_head_what_is_to_be_ended(place: Path, monk
     operator = HostPool(provider(), "tide")
     operator.create_node({}, HEAD, 1)
     head = on_head(place, monkeypatch, operator)
-    assert head.non_terminated_nodes({}) == ["h0"], "the head knows of itself"
-    head.create_node({}, WORKER, 1)
+    assert head.non_terminated_nodes({}) == operator.non_terminated_nodes({}) and at(head.non_terminated_nodes({})) == ["h0"]
+    (worker,) = head.create_node({}, WORKER, 1)
     for name in ("ray_bootstrap_key.pem", "ray_bootstrap_config.yaml"):
         (place / "h0" / name).write_text("secret")
     monkeypatch.setenv("HOME", str(place / "operator"))
-    assert operator.nodes_for_teardown({"ray-node-type": "worker"}) == ["w1"]
-    assert operator.nodes_for_teardown({"ray-node-type": "head"}) == ["h0"]
+    assert operator.nodes_for_teardown({"ray-node-type": "worker"}) == [worker]
+    (head_id,) = operator.nodes_for_teardown({"ray-node-type": "head"})
+    assert at([worker, head_id]) == ["w1", "h0"]
     head_commands = len((place / "ssh.log").read_text().splitlines())
-    operator.terminate_nodes(["w1", "h0"])
+    operator.terminate_nodes([worker, head_id])
     stops = [line.split()[0] for line in (place / "ssh.log").read_text().splitlines()[head_commands:] if "stopped" in line]
     assert stops == ["h0", "w1"], "the head first"
     assert operator.nodes_for_teardown({"ray-node-type": "worker"}) == []
@@ -109,19 +116,30 @@ def test_the_operator_learns_from_the_head_what_is_to_be_ended(place: Path, monk
 
 def test_a_stop_that_fails_keeps_the_host(place: Path) -> None:
     hosts = HostPool(provider(stop="echo no such thing >&2; false"), "tide")
-    hosts.create_node({}, WORKER, 1)
+    (node,) = hosts.create_node({}, WORKER, 1)
     with pytest.raises(LaunchError, match=r"w1: .* failed: no such thing"):
-        hosts.terminate_nodes(["w1"])
-    assert hosts.non_terminated_nodes({}) == ["w1"]
+        hosts.terminate_nodes([node])
+    assert hosts.non_terminated_nodes({}) == [node]
+
+
+def test_a_host_that_is_taken_again_is_another_node(place: Path) -> None:
+    """Else Ray's autoscaler takes the new node for the old one, which it is ending, and waits for both."""
+    hosts = HostPool(provider(), "tide")
+    (first,) = hosts.create_node({}, WORKER, 1)
+    hosts.terminate_nodes([first])
+    (second,) = hosts.create_node({}, WORKER, 1)
+    assert at([first, second]) == ["w1", "w1"] and first != second
+    hosts.terminate_nodes([first])
+    assert hosts.non_terminated_nodes({}) == [second], "a late end of the old node does not end the new one"
 
 
 def test_power_commands_run_before_and_after(place: Path) -> None:
     home = place / "w3"
     entry = {"address": "w3", "node_type": "gpu-1", "power_on": f"mkdir -p {home}/.ray", "power_off": f"mv {home} {home}.off"}
     hosts = HostPool(provider(hosts=[entry]), "tide")
-    hosts.create_node({}, WORKER, 1)
+    nodes = hosts.create_node({}, WORKER, 1)
     assert home.is_dir()
-    hosts.terminate_nodes(["w3"])
+    hosts.terminate_nodes([*nodes])
     assert not home.exists() and (place / "w3.off").is_dir()
     broken = HostPool(provider(hosts=[{**entry, "power_on": "echo no power >&2; exit 3"}]), "tide")
     with pytest.raises(Exception, match=r"w3: power_on failed \(no power\)"):
@@ -131,8 +149,8 @@ def test_power_commands_run_before_and_after(place: Path) -> None:
 def test_state_is_shared_by_processes(place: Path) -> None:
     one, other = HostPool(provider(), "tide"), HostPool(provider(), "tide")
     one.create_node({}, WORKER, 1)
-    assert other.create_node({}, WORKER, 1) == {"w2": {}}
-    assert json.loads((place / "operator" / ".ray" / "tidepool-tide.json").read_text()).keys() == {"w1", "w2"}
+    assert at(other.create_node({}, WORKER, 1)) == ["w2"]
+    assert at(json.loads((place / "operator" / ".ray" / "tidepool-tide.json").read_text())) == ["w1", "w2"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def lines(found: Bill) -> list[str]:
     """The bill as a table for a terminal."""
     items = (found.head, *found.workers)
     names, machines = max(len(item.name) for item in items), max(len(item.machine) for item in items)
-    table = [f"US dollars per hour; list prices noted {prices.NOTED} for {prices.REGIONS}: check your provider's"]
+    table = [f"US dollars per hour; approximate list prices noted {prices.NOTED} for {prices.REGIONS}: check your provider's"]
     for item in items:
         about = "~" if item.spot else ""
         each = "unknown" if item.each is None else f"{about}{item.each:.2f}"

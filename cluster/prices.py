@@ -1,8 +1,8 @@
 """What machines cost per hour: a small table, noted by hand, and which entry of it a node type of a manifest means.
 
-List prices on demand, Linux, without disks, addresses and traffic, in the regions that the shipped manifests name. Spot prices
-move all the time: `SPOT_SHARE` is an estimate and is always called one. A machine that is not in the table has no price here;
-nothing is guessed. Callers: `bill` before a cluster starts, `status` while it runs.
+Approximate list prices on demand, Linux, without disks, addresses and traffic, in the regions that the shipped manifests name.
+Spot prices move all the time: `SPOT_SHARE` is an estimate and is always called one. A machine that is not in the table has no
+price here; nothing is guessed. Callers: `bill` before a cluster starts, `status` while it runs.
 """
 
 from __future__ import annotations

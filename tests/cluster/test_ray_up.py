@@ -24,6 +24,7 @@ from lan import Host, Lan
 from launcher import MODEL, ROOT, RUN_DIR, Launcher, until
 
 TWO_GPUS = "tests/cluster/two_gpus.py"
+TOKEN = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={RUN_DIR}/ray_token"
 # Clients, and the seconds that each pauses between two requests.
 BUSY, STEADY = (4, 0.2), (2, 3.0)
 # Files that only a running cluster has.
@@ -220,7 +221,7 @@ def test_a_held_request_and_a_job_bring_hosts_back(story: Story) -> None:
     launcher = story.launcher
     with ThreadPoolExecutor(1) as thread:
         with story.phase("from zero: a held request is answered"):
-            job = thread.submit(launcher.on_head, f".venv/bin/python {TWO_GPUS} {RUN_DIR}", timeout_s=200)
+            job = thread.submit(launcher.on_head, f"{TOKEN} .venv/bin/python {TWO_GPUS}", timeout_s=200)
             assert story.ask()["usage"]["completion_tokens"] == 4
         with story.phase("two GPUs on two hosts, for a job that asked at the same time"):
             done = job.result()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -16,8 +12,7 @@ def where() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def main(run_dir: Path) -> None:
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(run_dir / "ray_token")}
+def main() -> None:
     ray.init("127.0.0.1:6379", log_to_driver=False, logging_level="ERROR")
     group = placement_group([{"GPU": 1}] * 2, strategy="STRICT_SPREAD")
     ray.get(group.ready(), timeout=120)
@@ -27,4 +22,4 @@ def main(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -41,6 +41,7 @@ def configuration(**engine_kwargs: Any) -> dict[str, Any]:
     return {
         "run_dir": RUN_DIR,
         "node": {"host": "0.0.0.0", "min_free_memory_mb": 1024},
+        "gateway": {"admission": {"hold_s": 400}},
         "models": [
             {
                 "id": MODEL,
@@ -141,14 +142,14 @@ class Launcher:
         text = yaml.safe_dump(configuration(**engine_kwargs))
         done = self.lan.run(self.head, f"cat > {CONFIG} <<'END'\n{text}END\n", timeout_s=20)
         assert done.returncode == 0, done.stderr
-        done = self.on_head(f".venv/bin/python -m cluster deploy {SHIPPED}", timeout_s=240)
+        done = self.on_head(f".venv/bin/python -m cluster deploy {SHIPPED}", timeout_s=400)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def on_head(self, line: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Run a command line of the shipped manifest's kind on the head, over SSH."""
         return self.lan.run(self.head, self._here(f"cd ~/tidepool && {line}"), timeout_s)
 
-    def endpoint(self, timeout_s: float = 90.0) -> dict[str, Any]:
+    def endpoint(self, timeout_s: float = 180.0) -> dict[str, Any]:
         """What the head's deployer wrote for clients, once it is there."""
         path = f"{RUN_DIR}/endpoint.json"
         until("the head has deployed its configuration", lambda: self.lan.read(self.head, path) is not None, timeout_s, self.why)

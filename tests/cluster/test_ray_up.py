@@ -54,7 +54,7 @@ class Story:
         self.timeline = Timeline(self.clients, self.root, MODEL, lambda: len(joined()), name, key)
         self.timeline.start()
 
-    def ask(self, root: str | None = None, timeout_s: float = 170.0, **fields: Any) -> dict[str, Any]:
+    def ask(self, root: str | None = None, timeout_s: float = 400.0, **fields: Any) -> dict[str, Any]:
         """One whole chat completion."""
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, **fields}
         request = urllib.request.Request(
@@ -184,8 +184,8 @@ def test_a_stranger_gets_nothing(story: Story) -> None:
 def test_load_brings_replicas_and_hosts(story: Story) -> None:
     story.clients.start(*BUSY)
     with story.phase("load: two replicas on two hosts"):
-        until("two hosts serve", lambda: len(story.serving()) == 2, 240.0, story.why)
-        until("both replicas are running", lambda: story.timeline.replicas() == 2, 90.0, story.why)
+        until("two hosts serve", lambda: len(story.serving()) == 2, 400.0, story.why)
+        until("both replicas are running", lambda: story.timeline.replicas() == 2, 180.0, story.why)
     with story.phase("two replicas serve"):
         story.clients.answer_more(20)
     assert story.clients.failures == []
@@ -194,8 +194,8 @@ def test_load_brings_replicas_and_hosts(story: Story) -> None:
 def test_scale_down_under_steady_load_loses_nothing(story: Story) -> None:
     with story.phase("scale-down under load: one replica, one host"):
         story.clients.set_parallel(*STEADY)
-        until("one replica is left", lambda: story.timeline.replicas() == 1, 90.0, story.why)
-        until("one host is left", lambda: len(story.launcher.joined()) == 1, 120.0, story.why)
+        until("one replica is left", lambda: story.timeline.replicas() == 1, 180.0, story.why)
+        until("one host is left", lambda: len(story.launcher.joined()) == 1, 200.0, story.why)
     assert story.clients.failures == []
 
 
@@ -203,7 +203,7 @@ def test_a_rolling_update_under_steady_load_loses_nothing(story: Story) -> None:
     before = set(story.engines())
     with story.phase("rolling update under load"):
         story.launcher.deploy(max_num_seqs=5)
-        until("the old engine is gone", lambda: not before & set(story.engines()), 120.0, story.why)
+        until("the old engine is gone", lambda: not before & set(story.engines()), 240.0, story.why)
         story.clients.answer_more(4)
     assert story.clients.failures == []
 
@@ -211,7 +211,7 @@ def test_a_rolling_update_under_steady_load_loses_nothing(story: Story) -> None:
 def test_without_load_everything_goes(story: Story) -> None:
     with story.phase("load ends: no replica, no host"):
         story.clients.stop()
-        until("no worker is left", lambda: not story.launcher.joined(), 150.0, story.why)
+        until("no worker is left", lambda: not story.launcher.joined(), 240.0, story.why)
     assert story.clients.failures == []
     print(f"    all requests under load: answered {story.clients.answered}, failed {len(story.clients.failures)}")
 
@@ -221,7 +221,7 @@ def test_a_held_request_and_a_job_bring_hosts_back(story: Story) -> None:
     launcher = story.launcher
     with ThreadPoolExecutor(1) as thread:
         with story.phase("from zero: a held request is answered"):
-            job = thread.submit(launcher.on_head, f"{TOKEN} .venv/bin/python {TWO_GPUS}", timeout_s=200)
+            job = thread.submit(launcher.on_head, f"{TOKEN} .venv/bin/python {TWO_GPUS}", timeout_s=400)
             assert story.ask()["usage"]["completion_tokens"] == 4
         with story.phase("two GPUs on two hosts, for a job that asked at the same time"):
             done = job.result()
@@ -237,5 +237,5 @@ def test_ray_down_leaves_nothing(story: Story) -> None:
     with launcher.step("ray down"):
         done = launcher.down()
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        until("nothing is left", lambda: story.left() == {}, 30.0, lambda: str(story.left()))
+        until("nothing is left", lambda: story.left() == {}, 60.0, lambda: str(story.left()))
     print(f"  all steps: {sum(launcher.steps.values()):.0f} s")

@@ -15,7 +15,7 @@ def where() -> str:
 def main() -> None:
     ray.init("127.0.0.1:6379", log_to_driver=False, logging_level="ERROR")
     group = placement_group([{"GPU": 1}] * 2, strategy="STRICT_SPREAD")
-    ray.get(group.ready(), timeout=120)
+    ray.get(group.ready(), timeout=300)
     spots = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number) for number in range(2)]
     print(*ray.get([where.options(scheduling_strategy=spot).remote() for spot in spots], timeout=60))
     remove_placement_group(group)

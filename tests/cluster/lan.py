@@ -262,7 +262,7 @@ def _do(*words: str) -> None:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
 
 
-def _until(what: str, check: Callable[[], bool], why: Callable[[], str] = lambda: "", timeout_s: float = 20.0) -> None:
+def _until(what: str, check: Callable[[], bool], why: Callable[[], str] = lambda: "", timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         if time.monotonic() > deadline:

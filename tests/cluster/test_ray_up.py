@@ -164,7 +164,7 @@ def test_from_nothing_to_the_first_answer(story: Story) -> None:
 
 def test_a_workers_proxy_answers_too(story: Story) -> None:
     worker = story.serving()[0]
-    until("the worker's HAProxy serves", lambda: alive(f"http://{worker.address}:8000/healthz"), 30.0, story.why)
+    until("the worker's HAProxy serves", lambda: alive(f"http://{worker.address}:8000/healthz"), 90.0, story.why)
     assert story.ask(f"http://{worker.address}:8000")["usage"]["completion_tokens"] == 4
 
 

@@ -4,6 +4,7 @@ After every case one good request must be answered. `WORD` is in every prompt, g
 
 from __future__ import annotations
 
+import itertools
 import json
 import select
 import socket
@@ -106,13 +107,10 @@ def test_a_model_that_the_key_may_not_use(endpoint: Endpoint) -> None:
 ])  # fmt: skip
 def test_engine_routes_are_closed(endpoint: Endpoint, path: str) -> None:
     own = replica_address(endpoint)
-    # Serve's list of applications is closed before the engine's guard is asked (`serve_apps/edge.py`).
-    refusal = (404, "not_found") if path == "/-/routes" else (403, "forbidden")
-    for root in (endpoint.root, own):
-        for method in ("GET", "POST"):
-            for headers in ([], [("x-tidepool-secret", "guess")], [("x-tidepool-secret", internal_secret(endpoint)[:-1])]):
-                answer = request(root, method, ENGINE + path, endpoint.admin_key, _body(), headers)
-                is_error(answer, *refusal)
+    refusal = (404, "not_found") if path == "/-/routes" else (403, "forbidden")  # by `serve_apps/edge.py`, before the guard
+    for root, method in itertools.product((endpoint.root, own), ("GET", "POST")):
+        for headers in ([], [("x-tidepool-secret", "guess")], [("x-tidepool-secret", internal_secret(endpoint)[:-1])]):
+            is_error(request(root, method, ENGINE + path, endpoint.admin_key, _body(), headers), *refusal)
     # Below the replica's own root there is Serve's health check and nothing of the engine; no client is ever sent there.
     answer = request(own, "GET", path or "/v1/chat", endpoint.admin_key)
     assert answer.status == 404 or (path.startswith("/-/") and len(answer.body) < 100)

@@ -25,8 +25,8 @@ plan: setup        ## what would run and what is wrong, without starting anythin
 eval: setup        ## ask the running endpoint the held-out questions of the default model
 	@$(PY) -m train eval
 
-test: setup        ## every test that needs no GPU: real Ray, real vLLM
-	$(PY) -m pytest $(PYTEST) -m "not training"
+test: setup        ## every test that needs no GPU: real Ray, real vLLM; in two lanes (tests/conftest.py)
+	$(PY) -m pytest $(PYTEST) -m "not training" -n 2 --dist loadgroup
 
 test-cluster: setup  ## `ray up` on test hosts (network namespaces; root): autoscaling, updates, an attacker, `ray down`
 	$(PY) -m pytest tests/cluster -s -m "not slow"

@@ -291,7 +291,7 @@ def _ray_jobs(rows: list[dict[str, Any]], now: float) -> list[Job]:
         if row.get("type") == "SUBMISSION":
             job = Job(str((row.get("metadata") or {}).get("job_name") or row.get("submission_id")), "job", state, age)
         else:
-            words = str(row.get("entrypoint") or "driver").split()
+            words = str(row.get("entrypoint") or "").split() or ["driver"]
             job = Job(
                 " ".join(words[1:4] if words[0].rpartition("/")[2].startswith("python") else words[:3]), "driver", state, age
             )

@@ -1,4 +1,6 @@
-"""A model that is small enough for every test: Llama's layout, the embedded tokenizer and chat template, random weights."""
+"""Of all tests: their two lanes, and a model that is small enough for every one (Llama's layout, the embedded tokenizer and
+chat template, random weights).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+# They start Ray in the test's own process, and it ends that process a minute after its cluster is gone: the last of their lane.
+RAY_IN_PROCESS = ("test_train_tune", "test_train_data_ray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes, side by side in `make test` (pytest-xdist's loadgroup): tests of the shared cluster, and all others.
+
+    Most tests wait most of the time, for an engine or a timeout; in a lane they keep their order.
+    """
+    for item in items:
+        shared = "endpoint" in getattr(item, "fixturenames", ()) or item.path.stem in RAY_IN_PROCESS
+        item.add_marker(pytest.mark.xdist_group("shared cluster" if shared else "others"))
 
 
 @pytest.fixture(scope="session")

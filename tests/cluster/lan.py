@@ -3,8 +3,9 @@
 A host is a process namespace whose first process keeps it alive: when that one is killed, everything on the host ends.
 `/root`, `/tmp`, `/srv`, `/run` and `/dev/shm` are private and in memory; below them the paths that the project needs
 (repository, Python, what the caller names) are mounted back in. Hosts know each other's names, ask no name server, and let in
-who has the operator's key. `sweep` removes what a run that was killed left behind. Root only; `why_not` says where the kernel
-forbids it.
+who has the operator's key. The first host may run on every core, the others share them out, so that a busy engine on one host
+leaves the core on which another host starts. `sweep` removes what a run that was killed left behind. Root only; `why_not` says
+where the kernel forbids it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SSHD = (
     *("PermitRootLogin=prohibit-password", "AuthorizedKeysFile=/root/.ssh/authorized_keys", "StrictModes=no"),
     *("MaxStartups=100", "Subsystem='sftp internal-sftp'"),
 )
-TOOLS = ("ip", "unshare", "nsenter", "mount", "sshd", "ssh", "ssh-keygen", "rsync", "setpriv")
+TOOLS = ("ip", "taskset", "unshare", "nsenter", "mount", "sshd", "ssh", "ssh-keygen", "rsync", "setpriv")
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,12 @@ class Lan:
         _do("ip", "link", "add", BRIDGE, "type", "bridge")
         _do("ip", "addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
         _do("ip", "link", "set", BRIDGE, "up")
-        for name, address in addresses.items():
-            self.hosts.append(self._host(name, address))
+        for (name, address), cores in zip(addresses.items(), _share_cores(len(addresses)), strict=True):
+            self.hosts.append(self._host(name, address, cores))
         for host in self.hosts:
             _until(f"sshd of {host.name}", lambda host=host: self.run(host, "true", 10.0).returncode == 0)  # type: ignore[misc]
 
-    def _host(self, name: str, address: str) -> Host:
+    def _host(self, name: str, address: str, cores: Sequence[int]) -> Host:
         space = f"{PREFIX}{name}"
         _do("ip", "netns", "add", space)
         _do("ip", "link", "add", f"{LINK}{name}", "type", "veth", "peer", "name", "eth0", "netns", space)
@@ -184,8 +185,9 @@ class Lan:
         ready = self.folder / f"{name}.ready"
         # Two shells: the outer is the host's life line for this process, the inner is the first process of its process space.
         child = subprocess.Popen(
-            ["ip", "netns", "exec", space, "unshare", "--pid", "--fork", "--mount", "--uts", "--ipc", "--propagation", "private",
-             "--kill-child=KILL", "/bin/sh", str(script)],
+            ["ip", "netns", "exec", space, "taskset", "-c", ",".join(map(str, cores)),
+             "unshare", "--pid", "--fork", "--mount", "--uts", "--ipc", "--propagation", "private", "--kill-child=KILL",
+             "/bin/sh", str(script)],
             stdin=subprocess.DEVNULL, stdout=(self.folder / f"{name}.log").open("w"), stderr=subprocess.STDOUT,
             start_new_session=True, env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"},
         )  # fmt: skip
@@ -241,6 +243,13 @@ def sweep() -> None:
     _try("ip", "link", "del", BRIDGE)
     for folder in FOLDERS.glob(f"{PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _share_cores(hosts: int) -> list[list[int]]:
+    """The cores of each host: all for the first, for the others an equal part, or one in turn where there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    parts = max(1, min(len(cores), hosts - 1))
+    return [cores, *(cores[host % parts :: parts] for host in range(hosts - 1))]
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:

@@ -54,8 +54,8 @@ def configuration(**engine_kwargs: Any) -> dict[str, Any]:
                 "autoscaling": {
                     "min_replicas": 0,
                     "max_replicas": 2,
-                    # Low, so that a load asks for two replicas and leaves this machine's cores for a second one to start.
-                    "target_ongoing_requests": 0.4,
+                    # Low, so that a few clients ask for two replicas, and leave this machine the time to start a second one.
+                    "target_ongoing_requests": 1,
                     "upscale_delay_s": 1,
                     "downscale_delay_s": 20,
                     "downscale_to_zero_delay_s": 12,

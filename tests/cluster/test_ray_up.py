@@ -26,7 +26,7 @@ from launcher import MODEL, ROOT, RUN_DIR, Launcher, until
 TWO_GPUS = "tests/cluster/two_gpus.py"
 TOKEN = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={RUN_DIR}/ray_token"
 # Clients, and the seconds that each pauses between two requests.
-BUSY, STEADY = (4, 0.2), (2, 3.0)
+BUSY, STEADY = (6, 0.2), (2, 3.0)
 # Files that only a running cluster has.
 RUNNING_ONLY = ("/root/ray_bootstrap*", "/root/.ray/tidepool-*", f"{RUN_DIR}/state.json", f"{RUN_DIR}/endpoint.json")
 
@@ -194,7 +194,8 @@ def test_load_brings_replicas_and_hosts(story: Story) -> None:
 def test_scale_down_under_steady_load_loses_nothing(story: Story) -> None:
     with story.phase("scale-down under load: one replica, one host"):
         story.clients.set_parallel(*STEADY)
-        until("one replica is left", lambda: story.timeline.replicas() == 1, 180.0, story.why)
+        took = until("one replica is left", lambda: story.timeline.replicas() == 1, 180.0, story.why)
+        print(f"    one replica is left after {took:.1f} s")
         until("one host is left", lambda: len(story.launcher.joined()) == 1, 200.0, story.why)
     assert story.clients.failures == []
 
@@ -226,7 +227,8 @@ def test_a_held_request_and_a_job_bring_hosts_back(story: Story) -> None:
         with story.phase("two GPUs on two hosts, for a job that asked at the same time"):
             done = job.result()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(done.stdout.split()) == {host.address for host in launcher.workers}, done.stdout
+    # Ray may have remarked before that on a demand that no node met yet.
+    assert set(done.stdout.splitlines()[-1].split()) == {host.address for host in launcher.workers}, done.stdout
 
 
 def test_ray_down_leaves_nothing(story: Story) -> None:

@@ -1,4 +1,4 @@
-"""On the head: asks the cluster for two GPUs on two hosts, as a training run does, and prints the hosts' addresses."""
+"""On the head: asks the cluster for two GPUs on two hosts, as a training run does; its last line are the hosts' addresses."""
 
 from __future__ import annotations
 

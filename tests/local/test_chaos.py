@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -53,7 +54,7 @@ def test_kill_9(endpoint: Endpoint, kind: str, capsys: pytest.CaptureFixture[str
     results = [result for result in load.results if result.ended > killed]
     line = f"kill -9 {kind:10s} {summary(results)}; whole again after {whole_s:.1f} s"
     with capsys.disabled():
-        print(f"\n{line}")
+        print(f"\n{line}", file=sys.stderr)
     assert not [result for result in results if result.verdict == "bad"], line
     failed = sum(1 for result in results if result.verdict != "ok")
     assert failed <= MOST_FAILED.get(kind, len(results)), line

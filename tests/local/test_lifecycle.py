@@ -207,7 +207,10 @@ def _stall(machine: Machine, endpoint: dict[str, Any], capsys: pytest.CaptureFix
         thread.join()
     after = ask(root, key, {**body, "max_tokens": 4, "stream": False}, "/v1/completions")
     with capsys.disabled():
-        print(f"stalled engine core: gone after {gone_s:.1f} s, answers again after {time.monotonic() - stopped:.1f} s")
+        print(
+            f"stalled engine core: gone after {gone_s:.1f} s, answers again after {time.monotonic() - stopped:.1f} s",
+            file=sys.stderr,
+        )
     assert {answer.verdict for answer in answers} <= {"ok", "error"}, answers
     assert after.verdict == "ok", after
 
@@ -230,4 +233,4 @@ def _until(true: Any, limit_s: float) -> None:
 
 def _show(capsys: pytest.CaptureFixture[str], output: str) -> None:
     with capsys.disabled():
-        print("\n" + "\n".join(line for line in output.splitlines() if line.startswith("[")))
+        print("\n" + "\n".join(line for line in output.splitlines() if line.startswith("[")), file=sys.stderr)

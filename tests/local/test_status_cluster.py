@@ -64,7 +64,7 @@ def test_one_screen(endpoint: Endpoint, capsys: pytest.CaptureFixture[str]) -> N
     shown = status(endpoint)
     took = time.monotonic() - began
     with capsys.disabled():
-        print(f"\n{shown}status took {took:.1f} s, most of it the start of Python and what it imports")
+        print(f"\n{shown}status took {took:.1f} s, most of it the start of Python and what it imports", file=sys.stderr)
     assert took < 10
     lines = shown.splitlines()
     assert lines[0] == f"run directory  {endpoint.run_dir}" and "ready          yes" in lines
@@ -107,7 +107,7 @@ def test_requests_and_sleep(endpoint: Endpoint, capsys: pytest.CaptureFixture[st
     until("a running request", lambda: model(endpoint, CHAT).running == 1, 10)
     waited = until("tokens per second", lambda: (model(endpoint, CHAT).tokens_per_s or 0) > 0, 30)
     with capsys.disabled():
-        print(f"\ntokens per second were there after {waited:.1f} s")
+        print(f"\ntokens per second were there after {waited:.1f} s", file=sys.stderr)
     found = model(endpoint, CHAT)
     assert found.queued == 0 and found.kv_use is not None
     asleep = model(endpoint, EMBED).application

@@ -6,6 +6,8 @@ No tables and no queries: those are `cluster.tables` and `cluster.store`. Caller
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from cluster.errors import StoreError
+
+PATIENCE_S = 30.0
 
 
 def default_url(run_dir: str | Path) -> str:
@@ -34,9 +38,7 @@ def checked_url(url: str) -> URL:
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername != "sqlite":
-        raise StoreError(
-            f"store.url: {parsed.drivername}: use sqlite:////absolute/path or postgresql://user:password@host/database"
-        )
+        raise StoreError(f"store.url: {parsed.drivername}: use sqlite:////absolute/path or postgresql://user@host/database")
     if not parsed.database or not os.path.isabs(parsed.database):
         # A relative path would mean another file in each process, an empty one is memory, lost with the process.
         raise StoreError(f"store.url: {url}: SQLite needs an absolute path, such as sqlite:////var/lib/tidepool/tidepool.db")
@@ -57,7 +59,7 @@ def open_engine(url: URL) -> Engine:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise StoreError(f"store.url: {path}: cannot be opened: {error.strerror}") from error
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(url, connect_args={"timeout": PATIENCE_S, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_immediate)
     return engine
@@ -65,9 +67,22 @@ def open_engine(url: URL) -> Engine:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver's own BEGIN comes too late; `_begin_immediate` does it
-    pragmas = ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL")
-    for pragma in pragmas:
-        connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"PRAGMA busy_timeout={PATIENCE_S * 1000:.0f}")
+    _write_ahead(connection)
+    connection.execute("PRAGMA synchronous=FULL")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """WAL. Of two that open a new file at the same time SQLite refuses one without waiting: both hold what the other needs."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _begin_immediate(connection: Any) -> None:

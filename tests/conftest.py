@@ -13,6 +13,7 @@ import pytest
 RAY_IN_PROCESS = ("test_train_tune", "test_train_data_ray")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two lanes, side by side in `make test` (pytest-xdist's loadgroup): tests of the shared cluster, and all others.
 

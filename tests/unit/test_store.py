@@ -118,8 +118,8 @@ def test_first_admin_key_is_made_once(store: Store, clock: Clock) -> None:
 
 
 def test_openers_and_admin_makers_at_once_agree(store_url: str) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        stores = list(pool.map(lambda _: Store(store_url), range(4)))
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: Store(store_url), range(8)))
         made = list(pool.map(lambda opened: opened.ensure_admin_key(), stores))
     assert sum(secret is not None for secret in made) == 1
     assert len({opened.internal_secret() for opened in stores}) == 1

@@ -32,9 +32,11 @@ def gateway(port: int, engines: Sequence[str], logs: Path, *flags: str) -> Itera
 
 @contextlib.contextmanager
 def _running(name: str, argv: list[str], port: int, health: str, logs: Path) -> Iterator[processes.Server]:
+    url = f"http://127.0.0.1:{port}{health}"
+    assert not processes.answers(url), f"{name}: somebody answers on port {port} already, maybe what a killed run left behind"
     server = processes.start(name, argv, logs)
     try:
-        processes.wait_until(lambda: processes.answers(f"http://127.0.0.1:{port}{health}"), server, name, 60)
+        processes.wait_until(lambda: processes.answers(url), server, name, 60)
         yield server
     finally:
         processes.stop(server)

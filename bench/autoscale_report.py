@@ -75,8 +75,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes[-1].set_xlabel("seconds")
+    # After a phase that was over at once the next one's name stands to the right of its line.
+    apart, free = 0.025 * max([1.0, *seconds]), 0.0
     for mark in marks:
-        place = {"xy": (mark["t"], 1.0), "xycoords": ("data", "axes fraction"), "xytext": (1, 2), "textcoords": "offset points"}
+        spot = max(mark["t"], free)
+        free = spot + apart
+        place = {"xy": (spot, 1.0), "xycoords": ("data", "axes fraction"), "xytext": (1, 2), "textcoords": "offset points"}
         axes[0].annotate(mark["text"], **place, fontsize=8, rotation=30, ha="left", va="bottom")
     # The marks' names stand between the panel and this line.
     figure.suptitle(f"{_place(document)} · {document['started'][:10]} · {(document['commit'] or '')[:10]}", fontsize=9)

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, settings
 from processes import by_kind
-from traces import files, listening, related
+from traces import files, fixed, listening, related
 from traffic import Result, ask
 
 from cluster.processes import marked
@@ -104,7 +104,7 @@ class Machine:
     def is_clean(self) -> None:
         """Nothing is left of the cluster."""
         assert related(self.run_dir) == []
-        assert not listening() & (self.ports | set(PORTS.values()))
+        assert not listening() & fixed({*self.ports, *PORTS.values()})
         assert not files() - self.files
         assert [str(path) for path in self.home.rglob("*")] == []
         assert [str(path) for path in (self.home.parent / "tmp").rglob("*")] == []

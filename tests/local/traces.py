@@ -54,6 +54,12 @@ def listening(pids: Iterable[int] | None = None) -> set[int]:
     return found
 
 
+def fixed(ports: Iterable[int]) -> set[int]:
+    """Without those that the kernel gives to whoever asks for any port: another program may have got one of them since."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    return {port for port in ports if not first <= port <= last}
+
+
 def files() -> set[str]:
     """Entries of /tmp and /dev/shm with a name that could be ours, and not in use by a process of somebody else's."""
     found = {str(path) for folder in ("/tmp", "/dev/shm") for path in Path(folder).iterdir() if path.name.startswith(NAMES)}
@@ -63,7 +69,12 @@ def files() -> set[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             used |= shared_memory(int(entry.name))
-    return {path for path in found if not (path.startswith("/dev/shm/") and _inode(path) in used)}
+    return {path for path in found if not (path.startswith("/dev/shm/") and _inode(path) in used) and not _lives(path)}
+
+
+def _lives(path: str) -> bool:
+    """Whether it is the short name of a run directory in which a cluster runs: another test's, where the caller's is down."""
+    return os.path.islink(path) and bool(marked(Path(os.readlink(path))))
 
 
 def _inode(path: str) -> int:

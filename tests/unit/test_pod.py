@@ -6,14 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.pod import exports
+from cluster.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOW = f"{sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path: Path) -> Iterator[None]:
+    """A pod's files end with its container, and so nothing takes away the short name of a run directory with a long one."""
+    yield
+    short = Session(tmp_path / "run").short
+    if short.is_symlink():
+        short.unlink()
 
 
 def start(words: str, tmp_path: Path, token: str = "a-token", **more: str) -> subprocess.CompletedProcess[str]:

@@ -87,7 +87,7 @@ def test_dead_keys(endpoint: Endpoint) -> None:
         is_error(chat(endpoint.root, expired["key"]), 401, "invalid_api_key")
     with new_key(endpoint) as revoked:
         assert chat(endpoint.root, revoked["key"], max_tokens=1).status == 200
-    until("it is dead on both gateways", lambda: {chat(endpoint.root, revoked["key"]).status for _ in range(8)} == {401}, 3.0)
+    until("it is dead on both gateways", lambda: {chat(endpoint.root, revoked["key"]).status for _ in range(8)} == {401}, 5.0)
     is_error(chat(endpoint.root, revoked["key"]), 401, "invalid_api_key")
 
 

@@ -45,7 +45,7 @@ def test_created_listed_revoked(endpoint: Endpoint) -> None:
     assert 3500 < record["expires_at"] - time.time() <= 3600
 
     _keys(endpoint, "revoke", made["id"])
-    until("no gateway takes the key", lambda: _models(endpoint, secret) == [401] * ROUND, 2.0)
+    until("no gateway takes the key", lambda: _models(endpoint, secret) == [401] * ROUND, 5.0)
     assert made["id"] not in {key["id"] for key in _keys(endpoint, "list")["data"]}
     assert made["id"] in {key["id"] for key in _keys(endpoint, "list", "--all")["data"]}
 

@@ -67,7 +67,6 @@ def open_engine(url: URL) -> Engine:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver's own BEGIN comes too late; `_begin_immediate` does it
-    connection.execute(f"PRAGMA busy_timeout={PATIENCE_S * 1000:.0f}")
     _write_ahead(connection)
     connection.execute("PRAGMA synchronous=FULL")
 

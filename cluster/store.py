@@ -48,7 +48,7 @@ class Store:
     """One open store.
 
     Args:
-        url: `sqlite:////absolute/path` or `postgresql://user:password@host/database`.
+        url: `sqlite:////absolute/path` or `postgresql://user@host/database`.
         clock: Unix seconds; tests pass their own.
 
     Raises:

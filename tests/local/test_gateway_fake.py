@@ -182,8 +182,8 @@ def test_a_client_that_leaves_frees_the_engine_within_a_second(stack, stream):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if stream:  # the fake engine notices a closed connection when it next writes; it does not look while it is silent
-            await until(lambda: busy(0), 3, "all five are gone")
-        await until(lambda: _metric(session, FRONT, "running", 0), 3, "the gateway holds no slot")
+            await until(lambda: busy(0), 1, "all five are gone")
+        await until(lambda: _metric(session, FRONT, "running", 0), 1, "the gateway holds no slot")
 
     run(test)
 
@@ -228,7 +228,7 @@ def test_no_engine_is_503_in_the_one_shape(stack, stream):
         async with session.post(ROOT + "/v1/chat/completions", json=chat("dead", stream=stream)) as response:
             assert response.status == 503 and response.headers["retry-after"] == "2"
             check_error(503, await response.read(), "engine_failed")
-        await until(lambda: _metric(session, FRONT, "running", 0), 3, "no slot leaks")
+        await until(lambda: _metric(session, FRONT, "running", 0), 1, "no slot leaks")
 
     run(test)
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, settings
 from processes import by_kind
-from traces import files, fixed, listening, related
+from traces import files, listening, related
 from traffic import Result, ask
 
 from cluster.processes import marked
@@ -53,7 +53,7 @@ class Machine:
         self.config = folder / "tiny.yaml"
         self.config.write_text(CONFIG)
         self.files = files()
-        self.ports: set[int] = set()
+        self.sockets: set[tuple[int, str]] = set()
 
     def start(self, command: str, *extra: str) -> subprocess.Popen[str]:
         """Begin a command; its output is one pipe."""
@@ -76,7 +76,7 @@ class Machine:
         """Run a command to its end; status and output."""
         process = self.start(command, *extra)
         output = process.communicate(timeout=600)[0]
-        self.ports |= listening(process.pid for process in marked(self.run_dir))
+        self.sockets |= listening(process.pid for process in marked(self.run_dir))
         return process.returncode, output
 
     def up(self, *extra: str) -> str:
@@ -92,7 +92,7 @@ class Machine:
         for line in process.stdout:
             seen.append(line)
             if text in line:
-                self.ports |= listening(process.pid for process in marked(self.run_dir))
+                self.sockets |= listening(process.pid for process in marked(self.run_dir))
                 return process
         raise AssertionError("".join(seen))
 
@@ -104,7 +104,8 @@ class Machine:
     def is_clean(self) -> None:
         """Nothing is left of the cluster."""
         assert related(self.run_dir) == []
-        assert not listening() & fixed({*self.ports, *PORTS.values()})
+        named = {*PORTS.values(), *range(REPLICA_PORTS[0], REPLICA_PORTS[1] + 1)}
+        assert not [port for port, inode in listening() if port in named or (port, inode) in self.sockets]
         assert not files() - self.files
         assert [str(path) for path in self.home.rglob("*")] == []
         assert [str(path) for path in (self.home.parent / "tmp").rglob("*")] == []

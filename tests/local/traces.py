@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from cluster.listening import listeners, ports_of
 from cluster.processes import marked, shared_memory
 
 NAMES = ("ray", "tp-", "haproxy", "vllm", "torch", "triton", "plasma", "psm_", "sem.")
-LISTEN = "0A"
 
 
 def related(run_dir: Path) -> list[str]:
@@ -32,32 +32,16 @@ def related(run_dir: Path) -> list[str]:
     return found
 
 
-def listening(pids: Iterable[int] | None = None) -> set[int]:
-    """TCP ports that somebody listens on, or that one of `pids` does."""
-    sockets: dict[str, int] = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == LISTEN:
-                sockets[fields[9]] = int(fields[1].rsplit(":", 1)[1], 16)
+def listening(pids: Iterable[int] | None = None) -> set[tuple[int, str]]:
+    """Sockets that somebody listens on, or that one of `pids` does, each as its TCP port and its inode.
+
+    A port that was free may be anybody's a moment later; the inode tells that it is another socket.
+    """
+    sockets = {(port, inode) for inode, port in listeners().items()}
     if pids is None:
-        return set(sockets.values())
-    found = set()
-    for pid in pids:
-        try:
-            for handle in Path(f"/proc/{pid}/fd").iterdir():
-                inode = os.readlink(handle).removeprefix("socket:[").removesuffix("]")
-                if inode in sockets:
-                    found.add(sockets[inode])
-        except OSError:
-            continue
-    return found
-
-
-def fixed(ports: Iterable[int]) -> set[int]:
-    """Without those that the kernel gives to whoever asks for any port: another program may have got one of them since."""
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    return {port for port in ports if not first <= port <= last}
+        return sockets
+    ours = ports_of(pids)
+    return {(port, inode) for port, inode in sockets if port in ours}
 
 
 def files() -> set[str]:
